@@ -1,0 +1,31 @@
+"""sparsekern trains neural networks whose weights are sparse in memory.
+
+import sparsekern as sk
+
+sk.sparsify_(model, sparsity=0.9, block=32)
+optimizer = torch.optim.AdamW(model.parameters())
+sk.RigL(model, optimizer, t_end=int(0.75 * steps))
+"""
+
+from sparsekern import ops
+from sparsekern.errors import SparseKernError
+from sparsekern.methods import SET, Method, RigL, Static
+from sparsekern.nn import SparseLinear
+from sparsekern.swap import densify_, sparse_layers, sparsify_
+from sparsekern.topology import Topology
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SET",
+    "Method",
+    "RigL",
+    "SparseKernError",
+    "SparseLinear",
+    "Static",
+    "Topology",
+    "densify_",
+    "ops",
+    "sparse_layers",
+    "sparsify_",
+]

@@ -1,0 +1,84 @@
+"""Collecting what the dense gradient of one layer says, on armed steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sparsekern import ops
+from sparsekern.nn import SparseLayer
+from sparsekern.ops import GrowScores
+from sparsekern.ops.capture import register
+
+
+class GradientObserver:
+    """Turns the backward passes of one layer into `GrowScores`.
+
+    While armed, it streams the dense gradient inside the last of `passes` backward passes and keeps
+    nothing else; with more than one, the (dy, x) pairs of the earlier ones are held until then, so
+    that the score is the norm of the *summed* gradient, as if they were one batch. A layer used
+    several times in one forward pass is summed likewise. Starting a new accumulation (gradients
+    were cleared, as after a skipped AMP step) starts over.
+    """
+
+    def __init__(
+        self,
+        layer: SparseLayer,
+        norm: str,
+        passes: int,
+        reduce: Callable[[Tensor], None] | None,
+    ) -> None:
+        self.layer, self.norm, self.passes, self.reduce = layer, norm, passes, reduce
+        self.key = register(self)
+        self.k = 0
+        self._reset()
+
+    def arm(self, k: int) -> None:
+        """Observe coming passes, for the `k` best inactive blocks."""
+        self.k = k
+        self._reset()
+        self.layer.observe(self.key)
+
+    def disarm(self) -> None:
+        """Stop observing, and forget."""
+        self.layer.observe(0)
+        self._reset()
+
+    def expect(self) -> None:
+        """A forward pass went through the layer (called by the capture operator)."""
+        self._pending += 1
+
+    def receive(self, dy: Tensor, x: Tensor) -> None:
+        """Its backward pass came (called by the capture operator)."""
+        grad = self.layer.values.grad
+        if self.rounds and (grad is None or not bool(grad.any())):
+            pending = self._pending
+            self._reset()
+            self._pending = pending
+        self._pairs.append((dy.detach(), x.detach()))
+        self._pending -= 1
+        if self._pending <= 0:
+            self.rounds += 1
+            if self.rounds == self.passes:
+                self._stream()
+
+    def scores(self) -> GrowScores | None:
+        """The scores, or None if no backward pass came."""
+        if self._pairs and self.rounds <= self.passes:
+            # passes whose forward was never answered, as under activation checkpointing
+            self._stream()
+        return self._scores
+
+    def _stream(self) -> None:
+        dys, xs = zip(*self._pairs, strict=True)
+        self._pairs.clear()
+        self._scores = ops.grow_scores(
+            dys, xs, self.layer.topology, self.k, norm=self.norm, reduce=self.reduce
+        )
+
+    def _reset(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._pending = 0
+        self.rounds = 0
+        self._scores: GrowScores | None = None

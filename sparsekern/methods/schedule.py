@@ -1,0 +1,81 @@
+"""When a topology is updated, and what fraction of it is replaced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparsekern.errors import ConfigError, DtypeError
+
+
+def cosine(progress: float) -> float:
+    """(1 + cos(pi t / T_end)) / 2: the paper's f_decay (Evci et al. 2020, section 3 (2))."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def constant(_progress: float) -> float:
+    """1: the fraction never decays."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """1 - t / T_end: inverse power with k = 1 (appendix G)."""
+    return 1 - progress
+
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": cosine,
+    "constant": constant,
+    "linear": linear,
+}
+
+
+@dataclass(frozen=True)
+class UpdateSchedule:
+    """When to update, counted in weight steps.
+
+    An update is due at weight step t when first <= t < t_end and at least `freq` weight steps lie
+    between it and the one before. As in the reference code, an update that takes no weight step
+    does not advance t: a cycle is one update batch and `freq` weight steps.
+
+    Attributes:
+        t_end: updates happen before this weight step only.
+        freq: update frequency, in weight steps.
+        drop_fraction: share of the active weights replaced at t = 0.
+        first: weight step of the first update.
+        decay: name in `DECAYS`, a function of t / t_end.
+    """
+
+    t_end: int
+    freq: int = 100
+    drop_fraction: float = 0.3
+    first: int = 0
+    decay: str = "cosine"
+
+    def __post_init__(self) -> None:
+        _check_int("t_end", self.t_end, 1)
+        _check_int("update_freq", self.freq, 1)
+        _check_int("first_update", self.first, 0)
+        if isinstance(self.drop_fraction, bool) or not isinstance(self.drop_fraction, int | float):
+            raise DtypeError(f"`drop_fraction` must be a number; got {self.drop_fraction!r}")
+        if not 0 < self.drop_fraction <= 1:
+            raise ConfigError(f"`drop_fraction` must lie in (0, 1]; got {self.drop_fraction}")
+        if self.decay not in DECAYS:
+            raise ConfigError(f"`decay` must be one of {sorted(DECAYS)}; got {self.decay!r}")
+
+    def is_due(self, step: int, last: int | None) -> bool:
+        """Whether weight step `step` is to be preceded by an update; `last` is the previous one."""
+        since = self.freq if last is None else step - last
+        return self.first <= step < self.t_end and since >= self.freq
+
+    def fraction(self, step: int) -> float:
+        """Drop fraction at weight step `step`."""
+        return self.drop_fraction * DECAYS[self.decay](min(step / self.t_end, 1.0))
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if type(value) is not int:
+        raise DtypeError(f"`{name}` must be an int, in weight steps; got {value!r}")
+    if value < low:
+        raise ConfigError(f"`{name}` must be at least {low}; got {value}")

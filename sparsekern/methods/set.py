@@ -1,0 +1,27 @@
+"""SET: drop the smallest weights, grow at random.
+
+Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity
+inspired by network science", Nature Communications 2018, on RigL's schedule as in Evci et al. 2020.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsekern.methods.base import Method
+from sparsekern.methods.update import grow_random
+from sparsekern.nn import SparseLayer
+
+
+class SET(Method):
+    """Train with SET; arguments as in `Method`.
+
+    It needs no dense gradient, and takes the weight step of an update's batch before it changes the
+    topology, as the RigL authors' code does for SET.
+    """
+
+    default_step_on_update = True
+
+    def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor) -> Tensor:
+        """Uniformly random non-survivors, the same on every rank and implementation."""
+        return grow_random(layer.topology, keep, self.generator(name)).to(keep.device)

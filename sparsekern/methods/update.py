@@ -1,0 +1,81 @@
+"""The update itself: pure functions from an old topology and scores to a new topology.
+
+Counts are exact and ties go to the lowest position, so that all ranks and devices agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekern.ops import GrowScores
+from sparsekern.sampling import sample_sorted
+from sparsekern.select import top_k_mask
+from sparsekern.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class TopologyUpdate:
+    """A new topology, and where each of its blocks comes from.
+
+    Attributes:
+        topology: as many active blocks as before.
+        source: (nnzb,) int64, the old CSR position of each new block; -1 for one newly grown.
+    """
+
+    topology: Topology
+    source: Tensor
+
+    @property
+    def grown(self) -> int:
+        """How many blocks were not active before."""
+        return int((self.source < 0).sum())
+
+
+def drop_count(active: int, fraction: float) -> int:
+    """How many of `active` blocks to drop: truncated in float32, as the reference code does."""
+    return int(np.float32(active) * np.float32(fraction))
+
+
+def drop_smallest(scores: Tensor, k: int) -> Tensor:
+    """Mark the survivors when the `k` blocks of smallest score (nnzb,) are dropped."""
+    return top_k_mask(scores, scores.numel() - k)
+
+
+def grow_largest(topology: Topology, keep: Tensor, scores: GrowScores) -> Tensor:
+    """Positions, as many as were dropped, with the largest score among all non-survivors.
+
+    What was just dropped may be grown again (Evci et al. 2020, Algorithm 1).
+    """
+    positions = torch.cat([topology.positions()[~keep], scores.positions])
+    values = torch.cat([scores.active[~keep], scores.scores])
+    order = torch.argsort(positions)
+    best = top_k_mask(values[order], int((~keep).sum()))
+    return positions[order][best]
+
+
+def grow_random(topology: Topology, keep: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions, as many as were dropped, drawn uniformly among all non-survivors."""
+    kept = topology.positions()[keep]
+    total = topology.block_rows * topology.block_cols
+    n = topology.nnzb - kept.numel()
+    ranks = sample_sorted(n, total - kept.numel(), generator).to(kept.device)
+    # the r-th position that is not kept stands r + (kept positions before it)
+    free_before = kept - torch.arange(kept.numel(), device=kept.device)
+    return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def rewire(topology: Topology, keep: Tensor, grown: Tensor) -> TopologyUpdate:
+    """Survivors plus `grown` positions as a new topology.
+
+    A block that was dropped and grown again is traced to its old place: it keeps its value and
+    optimizer state.
+    """
+    old = topology.positions()
+    new = torch.cat([old[keep], grown]).sort().values
+    at = torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
+    source = torch.where(old[at] == new, at, -1)
+    return TopologyUpdate(Topology.from_positions(new, topology.shape, topology.block), source)

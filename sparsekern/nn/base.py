@@ -1,0 +1,212 @@
+"""`SparseLayer`: a weight matrix that is sparse in memory, and what every layer does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.errors import DtypeError
+from sparsekern.nn.init import sparse_uniform_
+from sparsekern.ops.capture import capture
+from sparsekern.ops.dispatch import check_impl, resolve
+from sparsekern.topology import ARRAY_NAMES, Topology
+
+
+class WeightView:
+    """Stands where `nn.Linear` has `weight`: answers for the dense matrix without storing it."""
+
+    def __init__(self, layer: SparseLayer) -> None:
+        self._layer = layer
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the dense weight, (rows, cols)."""
+        return torch.Size(self._layer.matrix_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return self._layer.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the values."""
+        return self._layer.values.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the values are trained."""
+        return self._layer.values.requires_grad
+
+    def to_dense(self) -> Tensor:
+        """The dense weight (rows, cols), made anew and detached; zero where nothing is active."""
+        return self._layer.dense_weight()
+
+    def __repr__(self) -> str:
+        return f"WeightView(shape={tuple(self.shape)}, dtype={self.dtype}, sparse)"
+
+
+class SparseLayer(nn.Module):
+    """Base of layers with one sparse weight matrix of shape (rows, cols).
+
+    The parameter `values` holds the active blocks only, (nnzb, bh, bw) in CSR order of the
+    topology, whose index arrays are persistent int32 buffers. Topology updates overwrite both in
+    place, so optimizers, DDP buckets and CUDA graphs stay valid.
+
+    Under `impl="masked"`, the reference, `values` is the dense (rows, cols) matrix instead,
+    multiplied by a mask in forward, and its optimizer state is dense.
+    """
+
+    values: nn.Parameter
+    crow: Tensor
+    col: Tensor
+    ccol: Tensor
+    row: Tensor
+    perm: Tensor
+    dense_mask: Tensor | None
+
+    def __init__(self, topology: Topology, impl: str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        check_impl(impl)
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise DtypeError(f"`dtype` must be a floating point type; got {dtype}")
+        self.impl = impl
+        self.matrix_shape = topology.shape
+        self.block = topology.block
+        self._capture_key = 0
+        for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
+            self.register_buffer(name, array)
+        mask = topology.to_mask() if impl == "masked" else None
+        self.register_buffer("dense_mask", mask, persistent=False)
+        shape = topology.values_shape if mask is None else topology.shape
+        self.values = nn.Parameter(torch.zeros(shape, dtype=dtype, device=topology.device))
+
+    # ---- facts
+
+    @property
+    def topology(self) -> Topology:
+        """The current connections; shares memory with the buffers."""
+        arrays = [getattr(self, name) for name in ARRAY_NAMES]
+        return Topology(self.matrix_shape, self.block, *arrays)
+
+    @property
+    def weight(self) -> WeightView:
+        """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`."""
+        return WeightView(self)
+
+    @property
+    def nnz(self) -> int:
+        """Number of active weights; padding of edge blocks is not counted."""
+        return self.topology.nnz
+
+    @property
+    def density(self) -> float:
+        """Active share of the weights."""
+        return self.topology.density
+
+    @property
+    def sparsity(self) -> float:
+        """Inactive share of the weights."""
+        return 1.0 - self.density
+
+    @property
+    def resolved_impl(self) -> str:
+        """The implementation that a forward pass would use now."""
+        if self.impl == "masked":
+            return "masked"
+        return resolve(self.impl, self.values.device, self.values.dtype, self.block)
+
+    def mask(self) -> Tensor:
+        """Dense bool mask (rows, cols) of the active weights."""
+        return self.topology.to_mask()
+
+    def active_values(self) -> Tensor:
+        """Active weights (nnzb, bh, bw), detached, whatever the storage."""
+        return self.pack(self.values.detach())
+
+    def dense_weight(self) -> Tensor:
+        """Dense weight (rows, cols), detached."""
+        return self.topology.unpack(self.active_values())
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """A tensor of the shape of `values`, seen as blocks (nnzb, bh, bw)."""
+        return tensor if self.dense_mask is None else self.topology.pack(tensor)
+
+    # ---- change
+
+    def set_active_values(self, blocks: Tensor) -> None:
+        """Overwrite the active weights with `blocks` (nnzb, bh, bw), in place."""
+        with torch.no_grad():
+            stored = blocks if self.dense_mask is None else self.topology.unpack(blocks)
+            self.values.copy_(stored)
+
+    def rewire_(self, topology: Topology, source: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Switch to `topology` in place, and move `tensors` with it.
+
+        Args:
+            topology: same shape, block and number of active blocks.
+            source: (nnzb,) int64, where each new block stood in CSR order; -1 for a new one.
+            tensors: tensors of the shape of `values`, `values` among them; new blocks become 0.
+        """
+        with torch.no_grad():
+            if self.dense_mask is None:
+                for tensor in tensors:
+                    tensor.copy_(_gather_or_zero(tensor, source))
+            else:
+                fresh = topology.unpack((source < 0).view(-1, 1, 1).expand(topology.values_shape))
+                for tensor in tensors:
+                    tensor.masked_fill_(fresh, 0)
+                self.dense_mask.copy_(topology.to_mask())
+            for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
+                getattr(self, name).copy_(array)
+
+    def reset_values(self, generator: torch.Generator | None = None) -> None:
+        """Draw the active weights anew, scaled by each neuron's active inputs."""
+        blocks = torch.empty(
+            self.topology.values_shape, dtype=self.values.dtype, device=self.values.device
+        )
+        self.set_active_values(sparse_uniform_(blocks, self.topology, generator=generator))
+
+    def observe(self, key: int) -> None:
+        """Pass (dy, x) of coming backward passes to the capture sink `key`; 0 stops it."""
+        self._capture_key = key
+
+    # ---- for subclasses
+
+    def _observed(self, y: Tensor, x: Tensor) -> Tensor:
+        """Route `y` (M, rows) = f(x (M, cols)) through the capture operator if observed."""
+        if self._capture_key and torch.is_grad_enabled() and y.requires_grad:
+            return cast(Tensor, capture(y, x, self._capture_key))
+        return y
+
+    # ---- torch plumbing
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is not observed: its gradients belong to no update of the original
+        return self.__dict__ | {"_capture_key": 0}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse index arrays that are no topology: kernels trust them."""
+        arrays = [state_dict.get(prefix + name) for name in ARRAY_NAMES]
+        if all(isinstance(array, Tensor) for array in arrays):
+            Topology(self.matrix_shape, self.block, *cast(list[Tensor], arrays)).validate()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.dense_mask is not None:
+            self.dense_mask.copy_(self.topology.to_mask())
+
+    def _repr_facts(self) -> str:
+        block = self.block[0] if self.block[0] == self.block[1] else self.block
+        impl = self.impl or f"{self.resolved_impl} (auto)"
+        return f"block={block}, sparsity={self.sparsity:.4g}, nnz={self.nnz}, impl={impl}"
+
+
+def _gather_or_zero(tensor: Tensor, source: Tensor) -> Tensor:
+    moved = tensor[source.clamp(min=0)]
+    moved[source < 0] = 0
+    return moved

@@ -1,0 +1,60 @@
+"""Sparse-aware initialisation: each neuron is scaled by the inputs it really has."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology import Topology
+
+TORCH_GAIN = math.sqrt(1 / 3)
+"""Gain that makes a layer at density 1 start like `torch.nn.Linear`; He's is sqrt(2)."""
+
+
+def fan_in(topology: Topology) -> Tensor:
+    """Active inputs of each output: (rows,) float32; padding does not count."""
+    (rows, cols), (bh, bw) = topology.shape, topology.block
+    width = torch.full((topology.nnzb,), bw, dtype=torch.float32, device=topology.device)
+    width[topology.col == topology.block_cols - 1] -= -cols % bw
+    per_block_row = torch.zeros(topology.block_rows, device=topology.device)
+    per_block_row.index_add_(0, topology.slot_rows(), width)
+    return per_block_row.repeat_interleave(bh, output_size=topology.block_rows * bh)[:rows]
+
+
+def bounds(topology: Topology, gain: float = TORCH_GAIN) -> Tensor:
+    """Half-width of the uniform distribution of each stored weight: (nnzb, bh, 1).
+
+    The standard deviation is gain / sqrt(fan_in of the neuron), as in Evci et al. 2022, "Gradient
+    flow in sparse neural networks", section 3. A neuron without inputs counts as having one.
+    """
+    (rows, _), (bh, _) = topology.shape, topology.block
+    per_row = gain * (3 / fan_in(topology).clamp_(min=1)).sqrt()
+    padded = per_row.new_zeros(topology.block_rows * bh)
+    padded[:rows] = per_row
+    return padded.view(-1, bh)[topology.slot_rows()].unsqueeze(-1)
+
+
+def sparse_uniform_(
+    values: Tensor,
+    topology: Topology,
+    gain: float = TORCH_GAIN,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill `values` (nnzb, bh, bw) from U(-b, b), b per neuron from `bounds`; padding gets 0."""
+    with torch.no_grad():
+        values.uniform_(-1, 1, generator=generator)
+        values.mul_(bounds(topology, gain).to(values.dtype))
+        return zero_padding_(values, topology)
+
+
+def zero_padding_(values: Tensor, topology: Topology) -> Tensor:
+    """Zero what edge blocks hold beyond the matrix."""
+    (rows, cols), (bh, bw) = topology.shape, topology.block
+    with torch.no_grad():
+        if rows % bh:
+            values[topology.slot_rows() == topology.block_rows - 1, rows % bh :, :] = 0
+        if cols % bw:
+            values[topology.col == topology.block_cols - 1, :, cols % bw :] = 0
+    return values

@@ -1,0 +1,178 @@
+"""`SparseLinear`: a drop-in for `torch.nn.Linear` that holds only its active weights."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern import ops
+from sparsekern.errors import ConfigError, DtypeError, ShapeError
+from sparsekern.nn.base import SparseLayer
+from sparsekern.nn.tickets import topology_of_largest, topology_of_mask
+from sparsekern.topology import Block, Topology
+
+
+class SparseLinear(SparseLayer):
+    """y = x wᵀ + b with a w that is sparse in memory.
+
+    Forward, input gradient and weight gradient cost 2 M nnz FLOPs each, and values, gradient and
+    optimizer state hold nnz numbers each (whole blocks, if the shape is ragged).
+
+    Args:
+        in_features: inputs, K.
+        out_features: outputs, N.
+        bias: whether to add a bias, which is dense.
+        sparsity: share of the weights that do not exist, in [0, 1); exact to within one block.
+        block: edge or pair (outputs, inputs) of the blocks; 1 is unstructured (CSR).
+        impl: None chooses by device, see `sparsekern.ops.resolve`; "masked" is the reference.
+        topology: connections to start from instead of random ones; overrides sparsity and block.
+        generator: of the random topology and values; torch's default one if None.
+        device: where parameters and index arrays live.
+        dtype: of the parameters.
+
+    Raises:
+        ConfigError, ShapeError, DtypeError: an argument is out of its domain, or the block is
+            larger than the layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        sparsity: float = 0.9,
+        block: Block = 1,
+        impl: str | None = None,
+        topology: Topology | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if type(size) is not int:
+                raise DtypeError(f"`{name}` must be an int; got {size!r}")
+            if size < 1:
+                raise ConfigError(f"`{name}` must be at least 1; got {size}")
+        shape = (out_features, in_features)
+        if topology is None:
+            topology = Topology.random(shape, block, sparsity=sparsity, generator=generator)
+        elif topology.shape != shape:
+            raise ShapeError(f"`topology` must have shape {shape}; got {topology.shape}")
+        super().__init__(topology.to(device or torch.get_default_device()), impl, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        empty = self.values.new_empty(out_features) if bias else None
+        self.register_parameter("bias", nn.Parameter(empty) if empty is not None else None)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw values scaled by each neuron's active inputs, and the bias as `nn.Linear` does."""
+        self.reset_values(generator)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"input must have shape (..., {self.in_features}); got {tuple(x.shape)}"
+            )
+        values, bias = self.values, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values = x.to(dtype), values.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        tokens = x.reshape(-1, self.in_features)
+        if self.dense_mask is not None:
+            y = nn.functional.linear(tokens, values * self.dense_mask, bias)
+        else:
+            y = ops.spmm(tokens, values, self.topology, bias, impl=self.impl)
+        return self._observed(y, tokens).view(*x.shape[:-1], self.out_features)
+
+    @classmethod
+    def from_dense(
+        cls,
+        module: nn.Linear,
+        *,
+        sparsity: float | None = None,
+        mask: Tensor | None = None,
+        block: Block = 1,
+        impl: str | None = None,
+    ) -> SparseLinear:
+        """Take over a dense layer's weights, bias, dtype, device and training flag.
+
+        Args:
+            module: the layer; it is not changed.
+            sparsity: keep the blocks of largest summed magnitude; exact to within one block.
+            mask: keep these weights; (out_features, in_features), made of whole blocks.
+            block: edge or pair; without `sparsity` and `mask`, blocks holding a nonzero are kept.
+            impl: as in the constructor.
+
+        Raises:
+            ConfigError: both `sparsity` and `mask` are given, or sparsity is outside [0, 1).
+            ShapeError, TopologyError: the mask does not fit.
+        """
+        if not isinstance(module, nn.Linear):
+            raise DtypeError(f"`module` must be an nn.Linear; got {type(module).__name__}")
+        if sparsity is not None and mask is not None:
+            raise ConfigError("give `sparsity` or `mask`, not both")
+        weight = module.weight.detach()
+        if sparsity is not None:
+            topology = topology_of_largest(weight, sparsity, block)
+        elif mask is not None:
+            topology = topology_of_mask(mask.to(weight.device), tuple(weight.shape), block)
+        else:
+            topology = Topology.from_mask(weight, block)
+        return cls.from_topology(module, topology, impl=impl)
+
+    @classmethod
+    def from_topology(
+        cls, module: nn.Linear, topology: Topology, *, impl: str | None = None
+    ) -> SparseLinear:
+        """Take over a dense layer with the weights that `topology` makes active."""
+        layer = cls(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            topology=topology,
+            impl=impl,
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+        )
+        layer.set_active_values(topology.to(module.weight.device).pack(module.weight.detach()))
+        layer.values.requires_grad_(module.weight.requires_grad)
+        if module.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(module.bias)
+            layer.bias.requires_grad_(module.bias.requires_grad)
+        return layer.train(module.training)
+
+    def to_dense(self) -> nn.Linear:
+        """An `nn.Linear` with the same weights, zeros filled in."""
+        layer = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.values.device,
+            dtype=self.values.dtype,
+        )
+        with torch.no_grad():
+            layer.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        layer.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            layer.bias.requires_grad_(self.bias.requires_grad)
+        return cast(nn.Linear, layer.train(self.training))
+
+    def extra_repr(self) -> str:
+        """Sizes as in `nn.Linear`, then block, sparsity and the implementation in use."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._repr_facts()}"
+        )

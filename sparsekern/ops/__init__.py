@@ -1,0 +1,160 @@
+"""Operators on sparse weights: SpMM, its transpose, SDDMM and grow scores.
+
+The weight is a pair of a `Topology` and its `values`, shape (nnzb, bh, bw). All functions are
+differentiable (`grow_scores` apart), work under `torch.compile(fullgraph=True)` and are counted by
+`torch.utils.flop_counter.FlopCounterMode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from sparsekern.ops import flops, library
+from sparsekern.ops.dispatch import BACKENDS, resolve
+from sparsekern.ops.grow import NORMS, GrowScores, block_norm, check_norm, stream_grow_scores
+from sparsekern.topology import Topology
+
+__all__ = [
+    "BACKENDS",
+    "NORMS",
+    "GrowScores",
+    "block_norm",
+    "flops",
+    "grow_scores",
+    "resolve",
+    "sddmm",
+    "spmm",
+    "spmm_t",
+]
+
+
+def spmm(
+    x: Tensor,
+    values: Tensor,
+    topology: Topology,
+    bias: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Sparse linear map, y = x wᵀ + bias (SpMM).
+
+    Args:
+        x: (..., cols), any strides.
+        values: (nnzb, bh, bw), the active blocks of w in CSR order.
+        topology: connections of w, shape (rows, cols).
+        bias: (rows,), added in the same pass.
+        impl: see `resolve`.
+
+    Returns:
+        (..., rows), in the dtype of `x`; sums are kept in float32 at least.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ConfigError, UnavailableError: bad arguments.
+    """
+    rows, cols = topology.shape
+    _check_values(values, topology)
+    _check_operand("x", x, cols, values)
+    if bias is not None:
+        _check_operand("bias", bias, rows, values)
+        if bias.dim() != 1:
+            raise ShapeError(f"`bias` must have shape ({rows},); got {tuple(bias.shape)}")
+    impl = resolve(impl, values.device, values.dtype, topology.block)
+    y = library.spmm(x.reshape(-1, cols), values, bias, *library.parts(topology), impl)
+    return y.view(*x.shape[:-1], rows)
+
+
+def spmm_t(dy: Tensor, values: Tensor, topology: Topology, *, impl: str | None = None) -> Tensor:
+    """Transposed SpMM, dx = dy w: (..., rows) -> (..., cols). The gradient of `spmm` for x."""
+    rows, cols = topology.shape
+    _check_values(values, topology)
+    _check_operand("dy", dy, rows, values)
+    impl = resolve(impl, values.device, values.dtype, topology.block)
+    dx = library.spmm_t(dy.reshape(-1, rows), values, *library.parts(topology), impl)
+    return dx.view(*dy.shape[:-1], cols)
+
+
+def sddmm(dy: Tensor, x: Tensor, topology: Topology, *, impl: str | None = None) -> Tensor:
+    """Sampled dense-dense product, dw = dyᵀ x at active blocks only: (nnzb, bh, bw).
+
+    The gradient of `spmm` for its values. `dy` is (..., rows), `x` (..., cols), with the same
+    leading sizes.
+    """
+    rows, cols = topology.shape
+    _check_operand("x", x, cols, x)
+    _check_operand("dy", dy, rows, x)
+    _check_tokens(dy, x)
+    _check_device(topology, x)
+    impl = resolve(impl, x.device, x.dtype, topology.block)
+    return library.sddmm(dy.reshape(-1, rows), x.reshape(-1, cols), *library.parts(topology), impl)
+
+
+def grow_scores(
+    dy: Tensor | Sequence[Tensor],
+    x: Tensor | Sequence[Tensor],
+    topology: Topology,
+    k: int,
+    *,
+    norm: str = "l1",
+    reduce: Callable[[Tensor], None] | None = None,
+) -> GrowScores:
+    """Score the dense gradient dyᵀ x without storing it (Evci et al. 2020, section 3).
+
+    Args:
+        dy: (M, rows), or several, whose products with `x` are summed before any norm is taken.
+        x: (M, cols), or several.
+        topology: what is active now.
+        k: how many of the best inactive blocks to report.
+        norm: "l1" (sum of magnitudes), "l2" (sum of squares) or "max" over a block.
+        reduce: sums a slab of the gradient over ranks, in place.
+    """
+    check_norm(norm)
+    if k < 0:
+        raise ConfigError(f"`k` must not be negative; got {k}")
+    dys, xs = ([t] if isinstance(t, Tensor) else list(t) for t in (dy, x))
+    if len(dys) != len(xs) or not xs:
+        raise ShapeError(f"`dy` and `x` must come in pairs; got {len(dys)} and {len(xs)}")
+    for one_dy, one_x in zip(dys, xs, strict=True):
+        _check_operand("x", one_x, topology.shape[1], one_x)
+        _check_operand("dy", one_dy, topology.shape[0], one_x)
+        _check_tokens(one_dy, one_x)
+        _check_device(topology, one_x)
+    dys, xs = ([t.reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
+    if reduce is not None:
+        return stream_grow_scores(dys, xs, topology, k, norm, reduce)
+    return GrowScores(*library.grow_scores(dys, xs, *library.parts(topology), k, norm))
+
+
+def _check_values(values: Tensor, topology: Topology) -> None:
+    if tuple(values.shape) != topology.values_shape:
+        raise ShapeError(
+            f"`values` must have shape {topology.values_shape}; got {tuple(values.shape)}"
+        )
+    if not values.is_floating_point():
+        raise DtypeError(f"`values` must be floating point; got {values.dtype}")
+    _check_device(topology, values)
+
+
+def _check_operand(name: str, tensor: Tensor, size: int, like: Tensor) -> None:
+    if tensor.dim() < 1 or tensor.shape[-1] != size:
+        raise ShapeError(f"`{name}` must have shape (..., {size}); got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype or not tensor.is_floating_point():
+        raise DtypeError(f"`{name}` must have dtype {like.dtype}; got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise DeviceError(f"`{name}` must be on {like.device}; got {tensor.device}")
+
+
+def _check_tokens(dy: Tensor, x: Tensor) -> None:
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise ShapeError(
+            "`dy` and `x` must share their leading sizes; "
+            f"got {tuple(dy.shape[:-1])} and {tuple(x.shape[:-1])}"
+        )
+
+
+def _check_device(topology: Topology, like: torch.Tensor) -> None:
+    if topology.device != like.device:
+        raise DeviceError(f"topology must be on {like.device}; got {topology.device}")

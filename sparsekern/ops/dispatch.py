@@ -1,0 +1,107 @@
+"""Which implementation runs: a table of backends, and the rule for `impl=None`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, UnavailableError
+from sparsekern.topology import Topology
+
+BACKENDS = {
+    "triton": "sparsekern.ops.triton",
+    "cpu": "sparsekern.ops.cpu",
+    "dense": "sparsekern.ops.masked",
+    "masked": "sparsekern.ops.masked",
+}
+"""Implementations by name. `dense` and `masked` share their code: the reference defines both."""
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Backend(Protocol):
+    """What a backend module offers; all inputs are 2-D, of any strides, and only read."""
+
+    def spmm(self, x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None) -> Tensor:
+        """(M, cols) -> (M, rows)."""
+
+    def spmm_t(self, dy: Tensor, values: Tensor, topology: Topology) -> Tensor:
+        """(M, rows) -> (M, cols)."""
+
+    def sddmm(self, dy: Tensor, x: Tensor, topology: Topology) -> Tensor:
+        """(M, rows), (M, cols) -> (nnzb, bh, bw)."""
+
+    def backward(
+        self, dy: Tensor, x: Tensor, values: Tensor, topology: Topology
+    ) -> tuple[Tensor, Tensor]:
+        """dx and dw at once."""
+
+
+def backend(impl: str) -> Backend:
+    """The module behind a resolved implementation name."""
+    return cast(Backend, importlib.import_module(BACKENDS[impl]))
+
+
+def check_impl(impl: str | None) -> None:
+    """Raise `ConfigError` unless `impl` is None or a known name."""
+    if impl is not None and impl not in BACKENDS:
+        raise ConfigError(f"`impl` must be None or one of {sorted(BACKENDS)}; got {impl!r}")
+
+
+def resolve(
+    impl: str | None, device: torch.device, dtype: torch.dtype, block: tuple[int, int]
+) -> str:
+    """Name the implementation that will run.
+
+    Only `impl=None` chooses: `cpu` on CPU tensors; `triton` on CUDA tensors whose dtype and block
+    its kernels cover; `dense` elsewhere. A name is taken as an order.
+
+    Raises:
+        ConfigError: `impl` is unknown.
+        DeviceError, DtypeError, ShapeError, UnavailableError: the named one can't run here.
+    """
+    check_impl(impl)
+    if impl is None:
+        if device.type == "cpu":
+            return "cpu"
+        covered = device.type == "cuda" and dtype in _TRITON_DTYPES and _triton_covers(block)
+        return "triton" if covered else "dense"
+    if impl == "cpu" and device.type != "cpu":
+        raise DeviceError(f"impl='cpu' needs CPU tensors; got {device}")
+    if impl == "triton":
+        _check_triton(device, dtype, block)
+    return impl
+
+
+def has_triton() -> bool:
+    """Whether the package triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_covers(block: tuple[int, int]) -> bool:
+    if not has_triton():
+        return False
+    from sparsekern.kernels.launch import supported  # noqa: PLC0415  triton is optional
+
+    return supported(block)
+
+
+def _check_triton(device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> None:
+    if not has_triton():
+        raise UnavailableError("impl='triton' needs the package triton: pip install triton")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        raise DeviceError(
+            f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1 on the CPU); got {device}"
+        )
+    if dtype not in _TRITON_DTYPES:
+        raise DtypeError(f"impl='triton' takes float32, float16 and bfloat16; got {dtype}")
+    if not _triton_covers(block):
+        raise ShapeError(
+            f"impl='triton' takes block (1, 1) or edges of 16, 32, 64 and 128; got {block}"
+        )

@@ -1,0 +1,36 @@
+"""The Triton backend: hands tensors to the launchers in `sparsekern.kernels`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsekern.kernels.bsr_sddmm import bsr_sddmm
+from sparsekern.kernels.bsr_spmm import bsr_spmm, bsr_spmm_t
+from sparsekern.kernels.csr_sddmm import csr_sddmm
+from sparsekern.kernels.csr_spmm import csr_spmm, csr_spmm_t
+from sparsekern.topology import Topology
+
+
+def spmm(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None) -> Tensor:
+    """y = x wᵀ + bias: (M, cols) -> (M, rows)."""
+    launch = csr_spmm if topology.block == (1, 1) else bsr_spmm
+    return launch(x, values, topology.crow, topology.col, bias, topology.shape[0])
+
+
+def spmm_t(dy: Tensor, values: Tensor, topology: Topology) -> Tensor:
+    """dx = dy w: (M, rows) -> (M, cols)."""
+    launch = csr_spmm_t if topology.block == (1, 1) else bsr_spmm_t
+    transpose = topology.ccol, topology.row, topology.perm
+    return launch(dy, values, *transpose, topology.shape[1])
+
+
+def sddmm(dy: Tensor, x: Tensor, topology: Topology) -> Tensor:
+    """dw = dyᵀ x at active blocks: (nnzb, bh, bw)."""
+    if topology.block == (1, 1):
+        return csr_sddmm(dy, x, topology.crow, topology.col)
+    return bsr_sddmm(dy, x, topology.crow, topology.col, topology.block)
+
+
+def backward(dy: Tensor, x: Tensor, values: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:
+    """(dx, dw) of `spmm`."""
+    return spmm_t(dy, values, topology), sddmm(dy, x, topology)
