@@ -320,13 +320,17 @@ class Topology:
                 f"`values` must have shape {self.values_shape}; got {tuple(values.shape)}"
             )
         if self.block == (1, 1):
-            return torch.sparse_csr_tensor(self.crow, self.col, values.flatten(), self.shape)
+            return torch.sparse_csr_tensor(
+                self.crow, self.col, values.flatten(), self.shape, check_invariants=True
+            )
         if self.shape[0] % self.block[0] or self.shape[1] % self.block[1]:
             raise ShapeError(
                 f"torch.sparse_bsr needs a shape that is a multiple of the block {self.block}; "
                 f"got {self.shape}"
             )
-        return torch.sparse_bsr_tensor(self.crow, self.col, values, self.shape)
+        return torch.sparse_bsr_tensor(
+            self.crow, self.col, values, self.shape, check_invariants=True
+        )
 
     # ---- comparison and checking
 

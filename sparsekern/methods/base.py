@@ -153,6 +153,9 @@ class Method:
         if not (self.due and self.is_ready()):
             return False
         self._update()
+        if not self.step_on_update:
+            # the batch is spent: without gradients the optimizer takes no weight step either
+            self.optimizer.zero_grad(set_to_none=True)
         return True
 
     def __call__(self) -> bool:
@@ -199,9 +202,8 @@ class Method:
     # ---- hooks
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not self.step_on_update and self.step():
-            # without gradients the optimizer takes no weight step, nor a step of weight decay
-            optimizer.zero_grad(set_to_none=True)
+        if not self.step_on_update:
+            self.step()
         self._took_step = any(
             p.grad is not None for group in optimizer.param_groups for p in group["params"]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sparsekern import ops
 from sparsekern.nn import SparseLayer
@@ -32,17 +33,22 @@ class GradientObserver:
         self.layer, self.norm, self.passes, self.reduce = layer, norm, passes, reduce
         self.key = register(self)
         self.k = 0
+        self._hook: RemovableHandle | None = None
         self._reset()
 
     def arm(self, k: int) -> None:
         """Observe coming passes, for the `k` best inactive blocks."""
+        self.disarm()
         self.k = k
-        self._reset()
         self.layer.observe(self.key)
+        self._hook = self.layer.values.register_post_accumulate_grad_hook(self._accumulated)
 
     def disarm(self) -> None:
         """Stop observing, and forget."""
         self.layer.observe(0)
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         self._reset()
 
     def expect(self) -> None:
@@ -51,8 +57,7 @@ class GradientObserver:
 
     def receive(self, dy: Tensor, x: Tensor) -> None:
         """Its backward pass came (called by the capture operator)."""
-        grad = self.layer.values.grad
-        if self.rounds and (grad is None or not bool(grad.any())):
+        if self.rounds and self._was_cleared():
             pending = self._pending
             self._reset()
             self._pending = pending
@@ -70,6 +75,19 @@ class GradientObserver:
             self._stream()
         return self._scores
 
+    def _accumulated(self, values: Tensor) -> None:
+        self._grad_version = -1 if values.grad is None else values.grad._version
+
+    def _was_cleared(self) -> bool:
+        """Whether the gradients were set to None or zero since the last backward pass.
+
+        A gradient that is zero by itself has not been touched since it was accumulated.
+        """
+        grad = self.layer.values.grad
+        if grad is None:
+            return True
+        return grad._version != self._grad_version and not bool(grad.any())
+
     def _stream(self) -> None:
         dys, xs = zip(*self._pairs, strict=True)
         self._pairs.clear()
@@ -80,5 +98,6 @@ class GradientObserver:
     def _reset(self) -> None:
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._pending = 0
+        self._grad_version = -1
         self.rounds = 0
         self._scores: GrowScores | None = None

@@ -1,0 +1,122 @@
+"""Dense times dense, sampled at single entries: `dw = dyᵀ x`.
+
+Shapes: dy (M, N), x (M, K), dw (nnz, 1, 1) in CSR order. Called by `sparsekern.ops` for the weight
+gradient of block (1, 1).
+
+FLOPs: 2 * M * nnz.
+Bytes from L1 or L2, s = element size: s * M * nnz * (1 + 1 / BN), BN entries of a row sharing its
+column of dy. Bytes from HBM, at least: s * (M * (N + K) + nnz); when tokens are not side by side
+in memory, 2 * s * M * (N + K) more for the copies in which they are, and 8 * S * nnz when the
+tokens are summed in S > 1 parts.
+
+One program makes up to BN neighbouring entries of one row: lanes sum over tokens in order, then
+across lanes in a fixed tree, then parts in order; no atomics.
+"""
+
+# triton decorates without types
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+
+from .bsr_sddmm import _group_of_program
+from .launch import (
+    arch_class,
+    csr_sddmm_config,
+    output_dtype,
+    splits,
+    token_chunk,
+    tokens_contiguous,
+)
+
+__all__ = ["csr_sddmm"]
+
+
+@triton.jit
+def _csr_sddmm_kernel(
+    dy_ptr,  # (M, N), strides sym, syn
+    x_ptr,  # (M, K), strides sxm, sxk
+    crow_ptr,  # (N + 1,) int32
+    col_ptr,  # (nnz,) int32
+    dw_ptr,  # (S, nnz), contiguous: one part for each tl.program_id(1)
+    M,
+    N,
+    nnz,
+    span,  # tokens of one part
+    sym,
+    syn,
+    sxm,
+    sxk,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    r, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), N, BN)
+    if lo < hi:
+        t = lo + tl.arange(0, BN)
+        live = t < hi
+        c = tl.load(col_ptr + t, mask=live, other=0).to(tl.int64)
+        first = tl.program_id(1) * span
+        dy_col = dy_ptr + r.to(tl.int64) * syn
+        x_col = x_ptr + c[:, None] * sxk
+        acc = tl.zeros([BN, BM], dtype=tl.float32)
+        for m0 in range(first, min(first + span, M), BM):
+            m = m0 + tl.arange(0, BM).to(tl.int64)
+            dy = tl.load(dy_col + m * sym, mask=m < M, other=0.0).to(tl.float32)
+            x = tl.load(
+                x_col + m[None, :] * sxm, mask=live[:, None] & (m < M)[None, :], other=0.0
+            ).to(tl.float32)
+            acc += dy[None, :] * x
+        dw = tl.sum(acc, axis=1)
+        slot = tl.program_id(1).to(tl.int64) * nnz + t
+        tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=live)
+
+
+def csr_sddmm(
+    dy: torch.Tensor, x: torch.Tensor, crow: torch.Tensor, col: torch.Tensor
+) -> torch.Tensor:
+    """`dw = (dyᵀ x)` at the active entries.
+
+    Args:
+        dy: (M, N), any strides; fp32, fp16 or bf16.
+        x: (M, K), any strides; dy's dtype.
+        crow: (N + 1,) int32.
+        col: (nnz,) int32.
+
+    Returns:
+        (nnz, 1, 1), contiguous, x's dtype.
+    """
+    (M, N), nnz = dy.shape, col.numel()
+    if nnz == 0 or M == 0:
+        return x.new_zeros(nnz, 1, 1)
+    arch = arch_class(x.device)
+    tile = csr_sddmm_config(arch)
+    chunk = min(M, token_chunk(N + x.shape[1], tile.BM))
+    programs = nnz // tile.BN + N
+    parts = splits(arch, programs, triton.cdiv(chunk, tile.BM))
+    span = triton.cdiv(triton.cdiv(chunk, parts), tile.BM) * tile.BM
+    chunks = triton.cdiv(M, chunk)
+    dtype = output_dtype(x.dtype, _csr_sddmm_kernel) if parts * chunks == 1 else torch.float32
+    dw = x.new_empty(chunks, parts, nnz, dtype=dtype)
+    for i, (dys, xs) in enumerate(zip(dy.split(chunk), x.split(chunk), strict=True)):
+        dyt, xt = tokens_contiguous(dys), tokens_contiguous(xs)
+        with torch.cuda.device_of(x):
+            _csr_sddmm_kernel[(programs, parts)](
+                dyt,
+                xt,
+                crow,
+                col,
+                dw[i],
+                len(xs),
+                N,
+                nnz,
+                span,
+                *dyt.stride(),
+                *xt.stride(),
+                BM=tile.BM,
+                BN=tile.BN,
+                num_warps=tile.num_warps,
+                enable_fp_fusion=True,
+            )
+    total = dw[0, 0] if parts * chunks == 1 else dw.flatten(0, 1).sum(0)
+    return total.to(x.dtype).view(nnz, 1, 1)

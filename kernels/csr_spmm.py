@@ -1,0 +1,166 @@
+"""Unstructured sparse times dense: `y = x wᵀ (+ bias)` and, with the same kernel, `dx = dy w`.
+
+Shapes: x (M, K), w (N, K) held as values (nnz, 1, 1) at the active entries, y (M, N). Called by
+`sparsekern.ops` for forward and for the input gradient of block (1, 1).
+
+FLOPs: 2 * M * nnz.
+Bytes from L1 or L2, s = element size: s * M * nnz for x, ceil(M / BM) * nnz * (s + 4) for values
+and indices (+ 4 through perm), s * M * N out. Bytes from HBM, at least: s * (M * K + M * N + nnz);
+when tokens are not side by side in memory, 2 * s * M * K more for the copy in which they are.
+
+Neighbouring lanes hold neighbouring tokens, so a gathered column of x is one run of memory. One
+program makes BM tokens times BN rows; each row is summed in order by itself, without atomics.
+"""
+
+# triton decorates without types
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import (
+    arch_class,
+    csr_spmm_config,
+    output_dtype,
+    token_chunk,
+    tokens_contiguous,
+)
+
+__all__ = ["csr_spmm", "csr_spmm_t"]
+
+
+@triton.jit
+def _csr_spmm_kernel(
+    x_ptr,  # (M, K), strides sxm, sxk
+    v_ptr,  # (nnz,)
+    start_ptr,  # (N + 1,) int32: crow, or ccol
+    index_ptr,  # (nnz,) int32: col, or row
+    perm_ptr,  # (nnz,) int32: slot in v; read only if TRANS
+    bias_ptr,  # (N,), stride sb; read only if HAS_BIAS
+    y_ptr,  # (M, N), contiguous
+    M,
+    N,
+    sxm,
+    sxk,
+    sb,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TRANS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    # rows change fastest: the programs in flight share few tokens, whose columns stay in L2
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(N, BN)
+    n = (pid % tiles) * BN + tl.arange(0, BN)
+    m = (pid // tiles).to(tl.int64) * BM + tl.arange(0, BM)
+    lo = tl.load(start_ptr + n, mask=n < N, other=0)
+    hi = tl.load(start_ptr + n + 1, mask=n < N, other=0)
+    x_row = x_ptr + m[None, :] * sxm
+    acc = tl.zeros([BN, BM], dtype=tl.float32)
+    for i in range(0, tl.max(hi - lo), UNROLL):
+        for u in tl.static_range(UNROLL):
+            t = lo + i + u  # [BN]
+            live = t < hi
+            c = tl.load(index_ptr + t, mask=live, other=0).to(tl.int64)
+            s = tl.load(perm_ptr + t, mask=live, other=0) if TRANS else t
+            v = tl.load(v_ptr + s, mask=live, other=0.0).to(tl.float32)
+            x = tl.load(
+                x_row + c[:, None] * sxk, mask=live[:, None] & (m < M)[None, :], other=0.0
+            ).to(tl.float32)
+            acc += v[:, None] * x
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n * sb, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    y = y_ptr + m[None, :] * N + n[:, None]
+    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+def csr_spmm(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_out: int,
+) -> torch.Tensor:
+    """`y = x wᵀ (+ bias)`.
+
+    Args:
+        x: (M, K), any strides; fp32, fp16 or bf16.
+        values: (nnz, 1, 1), x's dtype, in CSR order.
+        crow: (n_out + 1,) int32.
+        col: (nnz,) int32.
+        bias: (n_out,) or None.
+        n_out: N, the rows of w.
+
+    Returns:
+        (M, N), contiguous, x's dtype.
+    """
+    return _launch(x, values, crow, col, None, bias, n_out)
+
+
+def csr_spmm_t(
+    dy: torch.Tensor,
+    values: torch.Tensor,
+    ccol: torch.Tensor,
+    row: torch.Tensor,
+    perm: torch.Tensor,
+    n_out: int,
+) -> torch.Tensor:
+    """`dx = dy w`, the values read in place through `perm`.
+
+    Args:
+        dy: (M, N), any strides; fp32, fp16 or bf16.
+        values: (nnz, 1, 1), dy's dtype, in CSR order.
+        ccol: (n_out + 1,) int32.
+        row: (nnz,) int32, in CSC order.
+        perm: (nnz,) int32 slots in values, in CSC order.
+        n_out: K, the columns of w.
+
+    Returns:
+        (M, K), contiguous, dy's dtype.
+    """
+    return _launch(dy, values, ccol, row, perm, None, n_out)
+
+
+def _launch(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    start: torch.Tensor,
+    index: torch.Tensor,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n_out: int,
+) -> torch.Tensor:
+    M, K = x.shape
+    y = x.new_empty(M, n_out, dtype=output_dtype(x.dtype, _csr_spmm_kernel))
+    if y.numel() == 0:
+        return y.to(x.dtype)
+    tile = csr_spmm_config(arch_class(x.device))
+    chunk = token_chunk(K, tile.BM)
+    values = values.contiguous()
+    for m in range(0, M, chunk):
+        xs, ys = tokens_contiguous(x[m : m + chunk]), y[m : m + chunk]
+        with torch.cuda.device_of(x):
+            _csr_spmm_kernel[(triton.cdiv(len(ys), tile.BM) * triton.cdiv(n_out, tile.BN),)](
+                xs,
+                values,
+                start,
+                index,
+                index if perm is None else perm,
+                x if bias is None else bias,
+                ys,
+                len(ys),
+                n_out,
+                *xs.stride(),
+                0 if bias is None else bias.stride(0),
+                BM=tile.BM,
+                BN=tile.BN,
+                UNROLL=tile.UNROLL,
+                TRANS=perm is not None,
+                HAS_BIAS=bias is not None,
+                num_warps=tile.num_warps,
+                enable_fp_fusion=True,
+            )
+    return y.to(x.dtype)

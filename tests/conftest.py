@@ -1,0 +1,25 @@
+"""Settings of the whole suite: where Triton runs, and determinism."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Triton reads this when a kernel is decorated. tests/aot compiles instead, in its own process.
+if not torch.cuda.is_available() and not any("aot" in arg for arg in sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "triton" in item.nodeid.split("::")[-1] and not HAS_TRITON:
+            item.add_marker(pytest.mark.skip(reason="triton is not installed"))

@@ -1,0 +1,319 @@
+import importlib
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsekern.errors import ConfigError, DtypeError, UnavailableError
+from sparsekern.ops import cpu
+from sparsekern.topology import Topology
+
+NAMES = ("jit", "blas", "csr") if cpu.has_numba() else ("blas", "csr")
+TOKENS = (0, 1, 2, 7, 64, 65, 513)
+
+# shape, block, sparsity: every block family, ragged edges, empty rows, full
+MATRICES = [
+    ((33, 47), (1, 1), 0.9),
+    ((130, 70), (1, 1), 0.5),
+    ((16, 16), (1, 1), 0.0),
+    ((37, 50), (4, 4), 0.7),
+    ((20, 100), (1, 16), 0.6),
+    ((100, 20), (16, 1), 0.6),
+    ((31, 29), (3, 5), 0.5),
+    ((50, 70), (16, 16), 0.5),
+    ((96, 128), (32, 32), 0.6),
+    ((100, 75), (32, 32), 0.3),
+    ((70, 150), (32, 64), 0.4),
+    ((150, 70), (64, 32), 0.0),
+    ((130, 200), (64, 64), 0.5),
+    ((200, 140), (128, 128), 0.2),
+    ((90, 60), (24, 40), 0.4),
+]
+LAYOUTS = ("rows", "columns", "expanded", "strided")
+CASES = [
+    (*matrix, m, LAYOUTS[(i + j) % len(LAYOUTS)])
+    for i, matrix in enumerate(MATRICES)
+    for j, m in enumerate(TOKENS)
+]
+
+
+def case_id(case):
+    (rows, cols), (bh, bw), sparsity, m, layout = case
+    return f"m{m}-{rows}x{cols}-b{bh}x{bw}-s{sparsity}-{layout}"
+
+
+@pytest.fixture(autouse=True)
+def _fine_grained(monkeypatch):
+    # tiny cases are otherwise left to one thread
+    if "jit" in NAMES:
+        module = importlib.import_module("sparsekern.ops.cpu_jit")
+        monkeypatch.setattr(module, "GRAIN", 1)
+
+
+def integers(*shape, dtype=torch.float32, generator=None):
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def laid_out(m, n, layout, dtype=torch.float32):
+    if layout == "columns":
+        return integers(n, m, dtype=dtype).t()
+    if layout == "expanded":
+        return integers(1, 1, dtype=dtype).expand(m, n)
+    if layout == "strided":
+        return integers(2 * m, 3 * n, dtype=dtype)[::2, ::3]
+    return integers(m, n, dtype=dtype)
+
+
+def dense(t, values):
+    """float64 matrix, built block by block: independent of the library's own unpack."""
+    (bh, bw), full = t.block, torch.zeros(t.shape, dtype=torch.float64)
+    for i, j, slot in zip(t.row.tolist(), owners(t), t.perm.tolist(), strict=True):
+        home = full[i * bh : (i + 1) * bh, j * bw : (j + 1) * bw]
+        home.copy_(values[slot, : home.shape[0], : home.shape[1]])
+    return full
+
+
+def sampled(t, gradient):
+    bh, bw = t.block
+    out = torch.zeros(t.nnzb, bh, bw, dtype=gradient.dtype)
+    for i, j, slot in zip(t.row.tolist(), owners(t), t.perm.tolist(), strict=True):
+        tile = gradient[i * bh : (i + 1) * bh, j * bw : (j + 1) * bw]
+        out[slot, : tile.shape[0], : tile.shape[1]] = tile
+    return out
+
+
+def owners(t):
+    return torch.repeat_interleave(torch.arange(t.block_cols), t.ccol.diff()).tolist()
+
+
+def draw(shape, block, sparsity, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Topology.random(shape, block, sparsity=sparsity, generator=generator)
+
+
+def products(x, dy, values, t, bias=None):
+    dx, dw = cpu.backward(dy, x, values, t)
+    return cpu.spmm(x, values, t, bias), dx, dw, cpu.spmm_t(dy, values, t), cpu.sddmm(dy, x, t)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_exact_on_integers(case, name):
+    shape, block, sparsity, m, layout = case
+    torch.manual_seed(m)
+    dtype = torch.float64 if m == 7 else torch.float32
+    t = draw(shape, block, sparsity)
+    x, dy = laid_out(m, shape[1], layout, dtype), laid_out(m, shape[0], layout, dtype)
+    values, bias = integers(t.nnzb, *block, dtype=dtype), integers(shape[0], dtype=dtype)
+    bias = bias if m % 2 else None
+    kept = [a.clone() for a in (x, dy, values)]
+    with cpu.force(name):
+        y, dx, dw, dx2, dw2 = products(x, dy, values, t, bias)
+    w = dense(t, values)
+    want = x.double() @ w.t() + (0 if bias is None else bias)
+    assert torch.equal(y.double(), want)
+    assert torch.equal(dx.double(), dy.double() @ w)
+    assert torch.equal(dw.double(), sampled(t, dy.double().t() @ x.double()))
+    assert torch.equal(dx, dx2)
+    assert torch.equal(dw, dw2)
+    assert y.dtype == dx.dtype == dw.dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(kept, (x, dy, values), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_no_active_block(block, name):
+    t = Topology.from_positions(torch.zeros(0, dtype=torch.int64), (40, 70), block)
+    values, bias = torch.zeros(0, *t.block), integers(40)
+    with cpu.force(name):
+        y, dx, dw, *_ = products(integers(9, 70), integers(9, 40), values, t, bias)
+    assert torch.equal(y, bias.expand(9, 40))
+    assert torch.equal(dx, torch.zeros(9, 70))
+    assert dw.shape == (0, *t.block)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 4, 16, 32, 64])
+def test_within_the_a_priori_bound(block, dtype, name):
+    torch.manual_seed(block)
+    t = draw((150, 203), block, 0.5)
+    x, dy = torch.randn(130, 203).to(dtype), torch.randn(130, 150).to(dtype)
+    values, bias = torch.randn(t.nnzb, *t.block).to(dtype), torch.randn(150).to(dtype)
+    with cpu.force(name):
+        y, dx, dw, *_ = products(x, dy, values, t, bias)
+    w, x, dy, bias = dense(t, values), x.double(), dy.double(), bias.double()
+    within(y, x @ w.t() + bias, x.abs() @ w.abs().t() + bias.abs(), 203 + 1)
+    within(dx, dy @ w, dy.abs() @ w.abs(), 150)
+    within(dw, sampled(t, dy.t() @ x), sampled(t, dy.abs().t() @ x.abs()), 130)
+
+
+def within(got, want, magnitude, terms):
+    """reliability.md B2: gamma_K times the sum of magnitudes, then one rounding to the output."""
+    unit = 2.0**-24
+    gamma = terms * unit / (1 - terms * unit)
+    out = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[got.dtype]
+    bound = gamma * magnitude + out * (want.abs() + gamma * magnitude)
+    assert bool(((got.double() - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [1, 4, 32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_stays_where_it_belongs(bad, block, name):
+    t = draw((70, 90), block, 0.6)
+    x, dy, values = torch.ones(66, 90), torch.ones(66, 70), torch.ones(t.nnzb, *t.block)
+    x[3, 89], dy[3, 69] = bad, bad
+    with cpu.force(name):
+        y, dx, dw, *_ = products(x, dy, values, t)
+    w = dense(t, values)
+    reached = [w[:, 89] != 0, w[69] != 0]
+    for out, columns in zip((y, dx), reached, strict=True):
+        assert torch.equal(out.isfinite().logical_not()[3], columns)
+        assert bool(out.isfinite()[[i for i in range(66) if i != 3]].all())
+    hit = torch.zeros(70, 90)
+    hit[69], hit[:, 89] = 1, 1
+    assert torch.equal(dw.isfinite().logical_not(), sampled(t, hit) != 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [4, 32])
+def test_garbage_in_the_padding_of_values_is_never_read(block, name):
+    t = draw((70, 90), block, 0.0)
+    values = integers(t.nnzb, *t.block)
+    clean = sampled(t, dense(t, values)).float()
+    dirty = torch.where(sampled(t, torch.ones(70, 90)) != 0, values, float("nan"))
+    x, dy = integers(9, 90), integers(9, 70)
+    with cpu.force(name):
+        for a, b in zip(products(x, dy, clean, t), products(x, dy, dirty, t), strict=True):
+            assert torch.equal(a, b)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for a in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(a, torch.Tensor):
+                self.numel = max(self.numel, a.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [1, 4, 32, 64])
+def test_nothing_dense_is_allocated(block, name):
+    t = draw((512, 640), block, 0.95)
+    x, dy, values = torch.ones(48, 640), torch.ones(48, 512), torch.ones(t.nnzb, *t.block)
+    with cpu.force(name), Largest() as largest:
+        products(x, dy, values, t, torch.ones(512))
+    assert 0 < largest.numel < 512 * 640 // 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_same_bits_again_and_for_any_number_of_threads(block, name):
+    torch.manual_seed(1)
+    t = draw((200, 300), block, 0.6)
+    x, dy, values = torch.randn(333, 300), torch.randn(333, 200), torch.randn(t.nnzb, *t.block)
+    before = torch.get_num_threads()
+    try:
+        with cpu.force(name):
+            outs = []
+            for threads in (1, 1, 2, 3, 2):
+                torch.set_num_threads(threads)
+                outs.append(products(x, dy, values, t))
+    finally:
+        torch.set_num_threads(before)
+    # BLAS promises no such thing across thread counts, only from run to run
+    for other in [outs[1]] if name == "blas" else outs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_callers_in_several_threads(name):
+    t = draw((128, 128), 32, 0.5)
+    x, dy, values = integers(200, 128), integers(200, 128), integers(t.nnzb, 32, 32)
+    with cpu.force(name):
+        want = products(x, dy, values, t)
+    wrong = []
+
+    def call():
+        with cpu.force(name):
+            for _ in range(20):
+                got = products(x, dy, values, t)
+                wrong.extend(a for a, b in zip(got, want, strict=True) if not torch.equal(a, b))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_the_rule_can_be_asked_and_overridden(monkeypatch):
+    small, large = draw((64, 64), 4, 0.5), draw((64, 64), 32, 0.5)
+    usual = ("jit", "jit") if "jit" in NAMES else ("csr", "blas")
+    assert (cpu.backend_for(small, torch.float32), cpu.backend_for(large, torch.bfloat16)) == usual
+    monkeypatch.setattr(cpu, "has_numba", lambda: False)
+    assert cpu.backend_for(small, torch.float32) == "csr"
+    assert cpu.backend_for(large, torch.float64) == "blas"
+    monkeypatch.setenv("SPARSEKERN_CPU", "blas")
+    assert cpu.backend_for(small, torch.float32) == "blas"
+    with cpu.force("csr"):
+        assert cpu.backend_for(small, torch.float32) == "csr"
+    with pytest.raises(DtypeError, match="int32"):
+        cpu.backend_for(small, torch.int32)
+    with pytest.raises(ConfigError, match="got 'mkl'"), cpu.force("mkl"):
+        pass
+    with pytest.raises(UnavailableError, match="needs numba"), cpu.force("jit"):
+        pass
+
+
+def run_python(code):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    return subprocess.run(
+        command, check=False, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+HEAD = """
+import os, sys, torch
+if {block_numba}: sys.modules["numba"] = None
+from sparsekern.ops import cpu
+from sparsekern.topology import Topology
+t = Topology.random((64, 64), {block}, sparsity=0.5)
+x, v = torch.ones(128, 64), torch.ones(t.nnzb, *t.block)
+def go(): return cpu.spmm(x, v, t, None), *cpu.backward(x, x, v, t)
+"""
+
+
+@pytest.mark.parametrize(("block", "name"), [(1, "csr"), (32, "blas")])
+def test_runs_without_numba(block, name):
+    code = HEAD.format(block_numba=True, block=block)
+    done = run_python(code + f"go(); assert cpu.backend_for(t, x.dtype) == {name!r}; print('ok')")
+    assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
+
+
+@pytest.mark.skipif("jit" not in NAMES, reason="needs numba")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_starts_its_own_threads():
+    code = HEAD.format(block_numba=False, block=32) + (
+        "from sparsekern.ops import cpu_jit; cpu_jit.GRAIN = 1; torch.set_num_threads(2)\n"
+        "want = go(); pid = os.fork()\n"
+        "same = all(torch.equal(a, b) for a, b in zip(want, go()))\n"
+        "if pid == 0: os._exit(0 if same else 1)\n"
+        "print(os.waitpid(pid, 0)[1], same)"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "0 True"), done.stderr

@@ -1,0 +1,84 @@
+"""Only active weights are held: bytes equal the formula, and nothing dense-sized is ever made."""
+
+import pytest
+import torch
+from sparsekern import SET, RigL, SparseLinear, sparse_layers, sparsify_
+from sparsekern.ops.grow import slab_block_rows
+from support import AllocationTracer
+from torch import nn
+from torch.nn import functional as F
+
+
+def held_bytes(layer, optimizer):
+    """Bytes of values, gradient, optimizer state and index arrays, read off the tensors."""
+    state = [t for t in optimizer.state[layer.values].values() if t.numel() > 1]
+    arrays = [getattr(layer, n) for n in ("crow", "col", "ccol", "row", "perm")]
+    tensors = [layer.values, layer.values.grad, *state, *arrays]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@pytest.mark.parametrize("sizes", [(100, 60), (64, 64)])
+@pytest.mark.parametrize("block", [1, 16, (8, 4)])
+@pytest.mark.parametrize(("optimizer", "states"), [("SGD", 1), ("AdamW", 2)])
+def test_bytes_of_a_layer_equal_the_formula(sizes, block, optimizer, states):
+    layer = SparseLinear(*sizes, bias=False, sparsity=0.8, block=block)
+    kwargs = {"momentum": 0.9} if optimizer == "SGD" else {}
+    opt = getattr(torch.optim, optimizer)(layer.parameters(), lr=0.1, **kwargs)
+    layer(torch.randn(3, sizes[0])).sum().backward()
+    opt.step()
+    topology = layer.topology
+    bh, bw = layer.block
+    block_rows, block_cols = -(-sizes[1] // bh), -(-sizes[0] // bw)
+    numbers = topology.nnzb * bh * bw
+    indices = block_rows + 1 + block_cols + 1 + 3 * topology.nnzb
+    assert held_bytes(layer, opt) == 4 * (numbers * (2 + states) + indices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "block"), [(RigL, 1), (RigL, 16), (SET, 1)])
+def test_a_thousand_steps_hold_nothing_dense_but_one_slab(block, method):
+    """No tensor as large as the smallest dense weight; on armed steps, at most one slab."""
+    model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+    sparsify_(model, 0.95, block=block, distribution="uniform")
+    head = nn.Linear(128, 10)
+    everything = nn.Sequential(model, head)
+    optimizer = torch.optim.AdamW(everything.parameters(), lr=1e-3, foreach=False)
+    rigl = method(everything, optimizer, t_end=1000, update_freq=100)
+    x, target = torch.randn(16, 256), torch.randint(0, 10, (16,))
+    smallest = min(layer.weight.shape.numel() for layer in sparse_layers(model).values())
+    slabs = [
+        slab_block_rows(layer.topology) * layer.block[0] * layer.matrix_shape[1]
+        for layer in sparse_layers(model).values()
+    ]
+    worst = {True: 0, False: 0}
+    for _ in range(1000):
+        armed = rigl.due
+        with AllocationTracer() as tracer:
+            optimizer.zero_grad()
+            F.cross_entropy(everything(x), target).backward()
+            optimizer.step()
+        worst[armed] = max(worst[armed], tracer.largest)
+    assert len(rigl.history) == 10
+    assert worst[False] < smallest
+    assert max(slabs) < smallest
+    assert worst[True] <= max(*slabs, worst[False])
+
+
+def test_a_wide_layer_trains_and_updates_in_memory_of_its_active_weights():
+    """The small cousin of benchmarks/scale.py: 8,192 x 8,192 at 1 % density."""
+    with AllocationTracer() as tracer:
+        layer = SparseLinear(8192, 8192, sparsity=0.99)
+        model = nn.Sequential(layer)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        rigl = RigL(model, optimizer, t_end=10, update_freq=1)
+        x = torch.randn(4, 8192)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert len(rigl.history) == 1
+    assert rigl.weight_steps == 1
+    slab = slab_block_rows(layer.topology) * 8192
+    # sampling and sorting take a few times the active weights
+    assert tracer.largest <= max(slab, 4 * layer.nnz)
+    assert tracer.largest < 8192 * 8192 / 8

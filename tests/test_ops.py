@@ -1,0 +1,353 @@
+"""Operators: bitwise against the reference, inside the bound, pure, compilable, countable."""
+
+import itertools
+
+import pytest
+import torch
+from sparsekern import ops
+from sparsekern.errors import (
+    ConfigError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    SparseKernError,
+    UnavailableError,
+)
+from sparsekern.ops import dispatch, library
+from sparsekern.topology import Topology
+from support import IMPLS, assert_within, integer_values, integers, product_bound
+from torch.utils.flop_counter import FlopCounterMode
+
+# (tokens, rows, cols, block, sparsity): 1, primes, block - 1, block + 1, full, nearly empty, empty
+CASES = [
+    (1, 1, 1, 1, 0.0),
+    (5, 7, 9, 1, 0.5),
+    (33, 17, 29, 1, 0.9),
+    (64, 40, 31, 1, 0.0),
+    (0, 8, 8, 1, 0.5),
+    (1, 16, 16, 16, 0.0),
+    (7, 48, 33, 16, 0.5),
+    (65, 17, 47, 16, 0.7),
+    (16, 31, 64, (16, 32), 0.4),
+    (9, 64, 40, (32, 16), 0.5),
+    (3, 65, 63, 32, 0.3),
+    (0, 32, 32, 16, 0.5),
+    (4, 130, 64, 64, 0.5),
+]
+CPU_ONLY = [
+    (5, 8, 12, 4, 0.5),
+    (6, 13, 11, (2, 3), 0.6),
+    (7, 9, 33, (1, 16), 0.5),
+    (7, 40, 5, (16, 1), 0.5),
+]
+LAYOUTS = ["contiguous", "transposed", "strided", "expanded"]
+
+
+def laid_out(tensor, layout):
+    """The same kind of operand in another memory layout."""
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "strided":
+        return tensor.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3]
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape[0], -1) if tensor.shape[0] else tensor
+    return tensor
+
+
+def problems():
+    for impl, case, layout in itertools.product(IMPLS, CASES, LAYOUTS):
+        yield pytest.param(impl, case, layout, id=f"{impl}-{case}-{layout}".replace(" ", ""))
+    for impl, case, layout in itertools.product(("cpu", "dense"), CPU_ONLY, LAYOUTS):
+        yield pytest.param(impl, case, layout, id=f"{impl}-{case}-{layout}".replace(" ", ""))
+
+
+@pytest.mark.parametrize(("impl", "case", "layout"), list(problems()))
+def test_products_are_exact_on_integers(impl, case, layout):
+    tokens, rows, cols, block, sparsity = case
+    topology = Topology.random((rows, cols), block, sparsity=sparsity)
+    values, bias = integer_values(topology), integers(rows)
+    x, dy = laid_out(integers(tokens, cols), layout), laid_out(integers(tokens, rows), layout)
+    before = [t.clone() for t in (x, dy, values)]
+    w = topology.unpack(values).double()
+    xd, dyd = x.double(), dy.double()
+    y = ops.spmm(x, values, topology, bias, impl=impl)
+    assert torch.equal(y.double(), xd @ w.t() + bias)
+    assert torch.equal(ops.spmm(x, values, topology, impl=impl).double(), xd @ w.t())
+    assert torch.equal(ops.spmm_t(dy, values, topology, impl=impl).double(), dyd @ w)
+    dw = ops.sddmm(dy, x, topology, impl=impl)
+    assert torch.equal(dw.double(), topology.pack(dyd.t() @ xd))
+    assert all(map(torch.equal, before, (x, dy, values)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("block", [1, 16])
+def test_no_active_block_gives_the_bias(impl, block):
+    topology = Topology.random((32, 48), block, nnzb=0)
+    values, bias = torch.zeros(topology.values_shape), integers(32)
+    x, dy = integers(5, 48), integers(5, 32)
+    assert torch.equal(ops.spmm(x, values, topology, bias, impl=impl), bias.expand(5, 32))
+    assert torch.equal(ops.spmm_t(dy, values, topology, impl=impl), torch.zeros(5, 48))
+    assert ops.sddmm(dy, x, topology, impl=impl).shape == topology.values_shape
+
+
+FLOATS = [
+    (impl, dtype, block)
+    for impl, dtype, block in itertools.product(
+        IMPLS, (torch.float32, torch.float16, torch.bfloat16, torch.float64), (1, 16, 32)
+    )
+    if not (impl == "triton" and dtype is torch.float64)
+    # torch's own dense product keeps wide sums only up to a point for 16-bit types on the CPU
+    and not (impl == "dense" and dtype in (torch.float16, torch.bfloat16))
+]
+
+
+@pytest.mark.parametrize(("impl", "dtype", "block"), FLOATS)
+def test_floats_stay_inside_the_proven_bound(impl, dtype, block):
+    topology = Topology.random((65, 100), block, sparsity=0.6)
+    values = topology.pack(torch.randn(65, 100).to(dtype))
+    x, dy = torch.randn(37, 100).to(dtype), torch.randn(37, 65).to(dtype)
+    w, xd, dyd = topology.unpack(values).double(), x.double(), dy.double()
+    fan = int((w != 0).sum(1).max())
+    fan_out = int((w != 0).sum(0).max())
+    got = ops.spmm(x, values, topology, impl=impl)
+    assert_within(got, xd @ w.t(), product_bound(xd, w.t(), fan, dtype), "y")
+    got = ops.spmm_t(dy, values, topology, impl=impl)
+    assert_within(got, dyd @ w, product_bound(dyd, w, fan_out, dtype), "dx")
+    got = topology.unpack(ops.sddmm(dy, x, topology, impl=impl))
+    mask = topology.to_mask()
+    assert_within(
+        got, mask * (dyd.t() @ xd), mask * product_bound(dyd.t(), xd, 37, dtype), "dw"
+    )
+
+
+@pytest.mark.parametrize("impl", ["cpu", "dense"])
+@pytest.mark.parametrize("block", [1, (4, 3)])
+def test_gradcheck_to_second_order(impl, block):
+    topology = Topology.random((11, 7), block, sparsity=0.5)
+
+    def wide(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    # padding of edge blocks is not a variable of the function: it enters as zero
+    inside = topology.pack(torch.ones(11, 7, dtype=torch.float64))
+    values, x, bias, dy = wide(*topology.values_shape), wide(3, 7), wide(11), wide(3, 11)
+
+    def forward(x, values, bias):
+        return ops.spmm(x, values * inside, topology, bias, impl=impl)
+
+    def transposed(dy, values):
+        return ops.spmm_t(dy, values * inside, topology, impl=impl)
+
+    def sampled(dy, x):
+        return ops.sddmm(dy, x, topology, impl=impl)
+
+    for function, inputs in (
+        (forward, (x, values, bias)),
+        (transposed, (dy, values)),
+        (sampled, (dy, x)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs, nondet_tol=0.0)
+        assert torch.autograd.gradgradcheck(function, inputs, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("block", [1, 16])
+def test_opcheck(impl, block):
+    topology = Topology.random((40, 33), block, sparsity=0.5)
+    parts = library.parts(topology)
+    values = torch.randn(topology.values_shape, requires_grad=True)
+    x, dy = torch.randn(4, 33, requires_grad=True), torch.randn(4, 40, requires_grad=True)
+    bias = torch.randn(40, requires_grad=True)
+    for op, operands in (
+        (library.spmm, (x, values, bias)),
+        (library.spmm, (x, values, None)),
+        (library.spmm_t, (dy, values)),
+        (library.sddmm, (dy, x)),
+        (library.spmm_backward, (dy, x, values)),
+    ):
+        verdict = torch.library.opcheck(op, (*operands, *parts, impl))
+        assert set(verdict.values()) == {"SUCCESS"}
+        assert len(verdict) == 4
+
+
+def test_opcheck_of_grow_scores():
+    topology = Topology.random((40, 33), 4, sparsity=0.5)
+    operands = ([torch.randn(4, 40)], [torch.randn(4, 33)])
+    for k in (0, 3, 10_000):
+        torch.library.opcheck(library.grow_scores, (*operands, *library.parts(topology), k, "l2"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_is_pure_and_repeatable(impl):
+    topology = Topology.random((48, 64), 16, sparsity=0.5)
+    values = torch.randn(topology.values_shape, requires_grad=True)
+    x = torch.randn(9, 64, requires_grad=True)
+    y = ops.spmm(x, values, topology, impl=impl)
+    dy = torch.randn(1, 48).expand(9, 48)  # stride 0, as sum().backward() gives
+    saved = x.detach().clone(), values.detach().clone(), dy.clone()
+    versions = x._version, values._version
+    first = torch.autograd.grad(y, (x, values), dy, retain_graph=True)
+    second = torch.autograd.grad(y, (x, values), dy)
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, saved, (x, values, dy)))
+    assert versions == (x._version, values._version)
+
+
+def test_a_topology_changed_between_forward_and_backward_is_noticed():
+    topology = Topology.random((8, 8), sparsity=0.5)
+    values = torch.randn(topology.values_shape, requires_grad=True)
+    y = ops.spmm(torch.randn(2, 8), values, topology)
+    topology.col.copy_(topology.col.flip(0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "dense"])
+@pytest.mark.parametrize("block", [1, 4])
+def test_flop_counter_sees_what_is_executed(impl, block):
+    topology = Topology.random((24, 40), block, sparsity=0.75)
+    values = torch.randn(topology.values_shape, requires_grad=True)
+    x = torch.randn(2, 5, 40, requires_grad=True)
+    weights = 24 * 40 if impl == "dense" else values.numel()
+    with FlopCounterMode(display=False) as counter:
+        ops.spmm(x, values, topology, impl=impl).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 10 * weights
+    assert ops.flops.product_flops(10, topology, impl) == 2 * 10 * weights
+    with FlopCounterMode(display=False) as counter:
+        ops.grow_scores(torch.randn(10, 24), x.detach().view(10, 40), topology, 3)
+    # the streamed product is counted once, as the operator's own
+    assert counter.get_total_flops() == ops.flops.grow_flops(10, topology)
+
+
+def test_leading_dimensions_and_dtypes():
+    topology = Topology.random((6, 8), sparsity=0.5)
+    values = torch.randn(topology.values_shape, dtype=torch.float64)
+    assert ops.spmm(torch.randn(2, 3, 4, 8).double(), values, topology).shape == (2, 3, 4, 6)
+    assert ops.spmm(torch.randn(8).double(), values, topology).shape == (6,)
+    assert ops.spmm_t(torch.randn(2, 3, 6).double(), values, topology).shape == (2, 3, 8)
+
+
+# ---- grow scores
+
+
+@pytest.mark.parametrize("norm", sorted(ops.NORMS))
+@pytest.mark.parametrize("block", [1, (3, 2), 4])
+@pytest.mark.parametrize("slab", [1, 10**9])
+def test_grow_scores_equal_those_of_the_stored_gradient(norm, block, slab, monkeypatch):
+    monkeypatch.setattr(ops.grow, "SLAB_ELEMENTS", slab)
+    topology = Topology.random((40, 21), block, sparsity=0.6)
+    dy, x = integers(9, 40), integers(9, 21)
+    k = 7
+    got = ops.grow_scores(dy, x, topology, k, norm=norm)
+    full = Topology.random((40, 21), block, sparsity=0.0)
+    scores = ops.block_norm(full.pack(dy.t() @ x), norm)
+    assert torch.equal(got.active, scores[topology.positions()])
+    inactive = scores.clone()
+    inactive[topology.positions()] = -1
+    # stable sort: among equal scores the lowest position wins
+    best = torch.sort(inactive, descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(got.positions, best)
+    assert torch.equal(got.scores, scores[best])
+
+
+def test_grow_scores_sum_signed_gradients_before_the_norm():
+    topology = Topology.random((10, 12), sparsity=0.5)
+    dys, xs = [integers(4, 10) for _ in range(3)], [integers(4, 12) for _ in range(3)]
+    parts = ops.grow_scores(dys, xs, topology, 5)
+    whole = ops.grow_scores(torch.cat(dys), torch.cat(xs), topology, 5)
+    assert all(map(torch.equal, parts, whole))
+    halved = ops.grow_scores(dys, xs, topology, 5, reduce=lambda slab: slab.mul_(2))
+    assert torch.equal(halved.scores, 2 * whole.scores)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("active", [True, False])
+def test_grow_scores_report_a_gradient_that_is_not_finite(bad, active):
+    mask = torch.zeros(4, 4)
+    mask[1, 1] = 1
+    topology = Topology.from_mask(mask)
+    dy, x = torch.zeros(1, 4), torch.zeros(1, 4)
+    at = (1, 1) if active else (2, 3)
+    dy[0, at[0]], x[0, at[1]] = bad, 1
+    assert not ops.grow_scores(dy, x, topology, 2).is_finite()
+    dy[0, at[0]] = 1
+    assert ops.grow_scores(dy, x, topology, 2).is_finite()
+
+
+# ---- choice of implementation and bad input
+
+
+def test_only_none_chooses():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert ops.resolve(None, cpu, torch.float32, (4, 4)) == "cpu"
+    assert ops.resolve("dense", cpu, torch.float32, (4, 4)) == "dense"
+    if dispatch.has_triton():
+        assert ops.resolve(None, cuda, torch.float32, (16, 16)) == "triton"
+        assert ops.resolve(None, cuda, torch.bfloat16, (1, 1)) == "triton"
+    assert ops.resolve(None, cuda, torch.float64, (16, 16)) == "dense"
+    assert ops.resolve(None, cuda, torch.float32, (4, 4)) == "dense"
+    with pytest.raises(DeviceError, match="impl='cpu' needs CPU tensors; got cuda"):
+        ops.resolve("cpu", cuda, torch.float32, (1, 1))
+
+
+def test_triton_refuses_what_it_cannot_run(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if not dispatch.has_triton():
+        with pytest.raises(UnavailableError, match="pip install triton"):
+            ops.resolve("triton", cpu, torch.float32, (16, 16))
+        return
+    with pytest.raises(DeviceError, match="needs CUDA tensors"):
+        ops.resolve("triton", cpu, torch.float32, (16, 16))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(DtypeError, match="got torch.float64"):
+        ops.resolve("triton", cpu, torch.float64, (16, 16))
+    with pytest.raises(ShapeError, match=r"edges of 16, 32, 64 and 128; got \(4, 4\)"):
+        ops.resolve("triton", cpu, torch.float32, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda t, v: ops.spmm(torch.ones(2, 7), v, t), ShapeError, r"\(..., 8\); got \(2, 7\)"),
+        (lambda t, v: ops.spmm(torch.ones(()), v, t), ShapeError, r"\(..., 8\); got \(\)"),
+        (lambda t, v: ops.spmm(torch.ones(2, 8), v[1:], t), ShapeError, r"`values` must have"),
+        (lambda t, v: ops.spmm(torch.ones(2, 8).double(), v, t), DtypeError, "got torch.float64"),
+        (lambda t, v: ops.spmm(torch.ones(2, 8), v.int(), t), DtypeError, "floating point"),
+        (lambda t, v: ops.spmm(torch.ones(2, 8), v, t, torch.ones(5)), ShapeError, "`bias`"),
+        (lambda t, v: ops.spmm(torch.ones(2, 8), v, t, torch.ones(2, 6)), ShapeError, "`bias`"),
+        (lambda t, v: ops.spmm(torch.ones(2, 8), v, t, impl="gpu"), ConfigError, "got 'gpu'"),
+        (
+            lambda t, v: ops.spmm(torch.ones(2, 8, device="meta"), v, t),
+            DeviceError,
+            "`x` must be on cpu; got meta",
+        ),
+        (
+            lambda t, v: ops.spmm(torch.ones(2, 8), v, t.to("meta")),
+            DeviceError,
+            "topology must be on cpu; got meta",
+        ),
+        (lambda t, v: ops.spmm_t(torch.ones(2, 8), v, t), ShapeError, r"`dy` .* \(..., 6\)"),
+        (
+            lambda t, v: ops.sddmm(torch.ones(2, 6), torch.ones(3, 8), t),
+            ShapeError,
+            r"leading sizes; got \(2,\) and \(3,\)",
+        ),
+        (
+            lambda t, v: ops.grow_scores(torch.ones(2, 6), torch.ones(2, 8), t, 1, norm="l3"),
+            ConfigError,
+            r"one of \['l1', 'l2', 'max'\]; got 'l3'",
+        ),
+        (
+            lambda t, v: ops.grow_scores(torch.ones(2, 6), torch.ones(2, 8), t, -1),
+            ConfigError,
+            "`k` must not be negative; got -1",
+        ),
+        (lambda t, v: ops.grow_scores([], [], t, 1), ShapeError, "in pairs; got 0 and 0"),
+    ],
+)
+def test_bad_input(call, error, text):
+    topology = Topology.random((6, 8), sparsity=0.5)
+    with pytest.raises(error, match=text) as info:
+        call(topology, torch.ones(topology.values_shape))
+    assert isinstance(info.value, SparseKernError)
