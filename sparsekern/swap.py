@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsekern.blocks import Block, as_block, check_sparsity
 from sparsekern.distribution import distribute
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn import SparseLayer, SparseLinear
 from sparsekern.nn.tickets import topology_of_largest
 from sparsekern.ops.dispatch import check_impl
-from sparsekern.topology import Block, Topology, as_block, check_sparsity
+from sparsekern.topology import Topology
 
 Pattern = str | re.Pattern[str]
 Distribution = str | Mapping[Pattern, float] | Callable[[str, nn.Module], float]

@@ -7,7 +7,6 @@ One immutable value object carries the index arrays of a sparse matrix and of it
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsekern import sampling
+from sparsekern.blocks import Block, Grid, active_count, check_sparsity, tiles_of
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 
-Block = int | tuple[int, int]
 _INT32_MAX = 2**31 - 1
 ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm")
 
@@ -29,43 +28,6 @@ class TopologyDiff(NamedTuple):
     added: Tensor
     removed: Tensor
     kept: Tensor
-
-
-def as_block(block: object) -> tuple[int, int]:
-    """Turn a block size, an int (square) or a pair, into a pair (bh, bw).
-
-    Raises:
-        DtypeError: `block` is neither an int nor a pair of ints.
-        ConfigError: an edge is below 1.
-    """
-    pair = (block, block) if isinstance(block, int) else block
-    is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-    if not is_pair or not all(type(edge) is int for edge in pair):
-        raise DtypeError(f"`block` must be an int or a pair of ints; got {block!r}")
-    bh, bw = pair
-    if bh < 1 or bw < 1:
-        raise ConfigError(f"`block` edges must be at least 1; got {block!r}")
-    return bh, bw
-
-
-def check_sparsity(sparsity: object, name: str = "sparsity") -> float:
-    """Return `sparsity` as a float.
-
-    Raises:
-        DtypeError: it is not a number.
-        ConfigError: it lies outside [0, 1).
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-        raise DtypeError(f"`{name}` must be a number; got {sparsity!r}")
-    if not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"`{name}` must lie in [0, 1); got {sparsity}")
-    return float(sparsity)
-
-
-def active_count(size: int, sparsity: float) -> int:
-    """Active weights of a layer of `size` weights: size - floor(sparsity * size) (RigL code)."""
-    # rounding first keeps 0.29 * 100 = 28.999... from losing a weight
-    return size - math.floor(round(sparsity * size, 6))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,7 +69,7 @@ class Topology:
         Raises:
             TopologyError: a position is out of range, or they are not strictly ascending.
         """
-        grid = _Grid.of(shape, block)
+        grid = Grid.of(shape, block)
         if positions.dtype != torch.int64 or positions.dim() != 1:
             raise TopologyError(
                 f"`positions` must be a 1-D int64 tensor; got {positions.dim()}-D {positions.dtype}"
@@ -157,7 +119,7 @@ class Topology:
             ConfigError: `sparsity` outside [0, 1), `nnzb` out of range, or not exactly one given.
             ShapeError: a block edge is larger than the matrix.
         """
-        grid = _Grid.of(shape, block)
+        grid = Grid.of(shape, block)
         if (sparsity is None) == (nnzb is None):
             raise ConfigError("give exactly one of `sparsity` and `nnzb`")
         if sparsity is not None:
@@ -179,8 +141,8 @@ class Topology:
         """
         if mask.dim() != 2:
             raise ShapeError(f"`mask` must be 2-D (rows, cols); got shape {tuple(mask.shape)}")
-        grid = _Grid.of(mask.shape, block)
-        tiles = _tiles(mask != 0, grid)
+        grid = Grid.of(mask.shape, block)
+        tiles = tiles_of(mask != 0, grid)
         active = tiles.any(dim=3).any(dim=1)
         return Topology.from_positions(active.flatten().nonzero()[:, 0], mask.shape, block)
 
@@ -203,7 +165,7 @@ class Topology:
             raise ShapeError(f"`tensor` must be 2-D; got shape {tuple(tensor.shape)}")
         values = tensor.values().detach()
         block = (1, 1) if tensor.layout is torch.sparse_csr else tuple(values.shape[1:])
-        grid = _Grid.of(tensor.shape, (int(block[0]), int(block[1])))
+        grid = Grid.of(tensor.shape, (int(block[0]), int(block[1])))
         crow, col = tensor.crow_indices().long(), tensor.col_indices().long()
         _check_compressed(crow, col, grid.rows, grid.cols, ("crow", "col"))
         rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())
@@ -295,7 +257,7 @@ class Topology:
     def pack(self, dense: Tensor) -> Tensor:
         """Take the active blocks out of a dense (rows, cols) tensor: (nnzb, bh, bw)."""
         self._check_dense(dense)
-        tiles = _tiles(dense, _Grid.of(self.shape, self.block))
+        tiles = tiles_of(dense, Grid.of(self.shape, self.block))
         return tiles[self.slot_rows(), :, self.col.long(), :]
 
     def unpack(self, values: Tensor) -> Tensor:
@@ -376,7 +338,7 @@ class Topology:
         Raises:
             TopologyError: naming the array and what is wrong with it.
         """
-        grid = _Grid.of(self.shape, self.block)
+        grid = Grid.of(self.shape, self.block)
         for name, array in zip(ARRAY_NAMES, self.arrays, strict=True):
             if array.dtype != torch.int32 or array.dim() != 1:
                 raise TopologyError(
@@ -395,29 +357,6 @@ class Topology:
             raise ShapeError(f"dense tensor must have shape {self.shape}; got {tuple(dense.shape)}")
 
 
-class _Grid(NamedTuple):
-    """A matrix cut into blocks: sizes in blocks."""
-
-    shape: tuple[int, int]
-    block: tuple[int, int]
-    rows: int
-    cols: int
-
-    @property
-    def total(self) -> int:
-        return self.rows * self.cols
-
-    @staticmethod
-    def of(shape: Sequence[int], block: Block) -> _Grid:
-        bh, bw = as_block(block)
-        if len(shape) != 2 or min(shape) < 1:
-            raise ShapeError(f"`shape` must be two positive sizes; got {tuple(shape)}")
-        rows, cols = int(shape[0]), int(shape[1])
-        if bh > rows or bw > cols:
-            raise ShapeError(f"`block` {(bh, bw)} is larger than the layer's shape {(rows, cols)}")
-        return _Grid((rows, cols), (bh, bw), -(-rows // bh), -(-cols // bw))
-
-
 def contains(haystack: Tensor, needles: Tensor) -> Tensor:
     """For each needle, whether the ascending `haystack` holds it (bool, shape of `needles`)."""
     if not haystack.numel():
@@ -430,16 +369,6 @@ def _offsets(indices: Tensor, n: int) -> Tensor:
     offsets = torch.zeros(n + 1, dtype=torch.int32, device=indices.device)
     offsets[1:] = torch.bincount(indices, minlength=n).cumsum(0)
     return offsets
-
-
-def _tiles(dense: Tensor, grid: _Grid) -> Tensor:
-    """View a dense matrix as (block_rows, bh, block_cols, bw), padding with zeros if ragged."""
-    (rows, cols), (bh, bw) = grid.shape, grid.block
-    if rows % bh or cols % bw:
-        padded = dense.new_zeros(grid.rows * bh, grid.cols * bw)
-        padded[:rows, :cols] = dense
-        dense = padded
-    return dense.reshape(grid.rows, bh, grid.cols, bw)
 
 
 def _check_compressed(

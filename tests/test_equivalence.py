@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 import torch
-from sparsekern import SET, RigL, sparse_layers, sparsify_
 from support import assert_within, product_bound
 from torch import nn
 from torch.nn import functional as F
 
+from sparsekern import SET, RigL, sparse_layers, sparsify_
+
 STEPS = 300
 FREQ = 25  # 300 weight steps, t_end 275: 11 updates
-SIZES = {1: (10, 8, 5), 16: (96, 64, 48)}
+SIZES = {1: (8, 6, 4), 16: (64, 32, 32)}
 CASES = list(itertools.product((RigL, SET), sorted(SIZES)))
 
 
@@ -46,8 +47,10 @@ def batches(block, dtype=torch.float32):
     inputs, _, outputs = SIZES[block]
     g = torch.Generator().manual_seed(0)
     teacher = torch.randn(inputs, outputs, generator=g)
-    while True:
-        x = torch.randn(16, inputs, generator=g)
+    for i in itertools.count():
+        # the inputs that matter move on, so that updates have something to find
+        loud = torch.arange(inputs) * 4 // inputs == i // FREQ % 4
+        x = torch.randn(8, inputs, generator=g) * (0.2 + 2 * loud)
         yield x.to(dtype), (x @ teacher).argmax(1)
 
 
@@ -114,7 +117,7 @@ def test_300_steps_give_the_same_topologies_and_bounded_values(method, block):
     start, _, _ = build("masked", method, block)
     reference, _, _ = train("masked", method, block, start)
     changes = sum(a != b for a, b in itertools.pairwise(reference))
-    assert changes >= 8  # now and then an update grows back what it dropped
+    assert changes >= 4  # an update may grow back what it dropped
     for impl in ("cpu", "triton"):
         topologies, _, recorder = train(impl, method, block, start, check=True)
         assert topologies == reference, impl
@@ -138,7 +141,7 @@ def test_an_exact_problem_is_trained_to_the_same_bits(method, block):
     """Weights on a grid of 1/8 and integer inputs: every sum is exact, so any order agrees."""
 
     def run(impl):
-        model, optimizer, attached = build(impl, method, block)
+        model, _, attached = build(impl, method, block)
         layers = sparse_layers(model)
         stream = batches(block)
         for layer in layers.values():

@@ -6,12 +6,13 @@ import pickle
 
 import pytest
 import torch
-from sparsekern import SparseLinear, Topology
-from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError, TopologyError
-from sparsekern.nn.init import bounds, fan_in
 from support import integer_values, integers
 from torch import nn
 from torch.nn import functional as F
+
+from sparsekern import SparseLinear, Topology
+from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError, TopologyError
+from sparsekern.nn.init import bounds, fan_in
 
 ALL_IMPLS = ("cpu", "triton", "dense", "masked")
 SHAPES = [((33, 17), 1), ((48, 40), 16)]  # (in, out), block

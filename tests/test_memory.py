@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from sparsekern import SET, RigL, SparseLinear, sparse_layers, sparsify_
-from sparsekern.ops.grow import slab_block_rows
 from support import AllocationTracer
 from torch import nn
 from torch.nn import functional as F
+
+from sparsekern import SET, RigL, SparseLinear, sparse_layers, sparsify_
+from sparsekern.ops.grow import slab_block_rows
 
 
 def held_bytes(layer, optimizer):

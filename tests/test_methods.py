@@ -5,6 +5,10 @@ import logging
 
 import pytest
 import torch
+from test_update import NEW_MASK, G, W
+from torch import nn
+from torch.nn import functional as F
+
 from sparsekern import SET, RigL, SparseLinear, Static, Topology, sparse_layers, sparsify_
 from sparsekern.errors import (
     ConfigError,
@@ -13,9 +17,6 @@ from sparsekern.errors import (
     SparseKernError,
     TrainingLoopError,
 )
-from test_update import NEW_MASK, G, W
-from torch import nn
-from torch.nn import functional as F
 
 STORAGES = ("cpu", "dense", "masked", "triton")
 

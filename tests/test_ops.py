@@ -4,6 +4,9 @@ import itertools
 
 import pytest
 import torch
+from support import IMPLS, assert_within, integer_values, integers, product_bound
+from torch.utils.flop_counter import FlopCounterMode
+
 from sparsekern import ops
 from sparsekern.errors import (
     ConfigError,
@@ -15,8 +18,6 @@ from sparsekern.errors import (
 )
 from sparsekern.ops import dispatch, library
 from sparsekern.topology import Topology
-from support import IMPLS, assert_within, integer_values, integers, product_bound
-from torch.utils.flop_counter import FlopCounterMode
 
 # (tokens, rows, cols, block, sparsity): 1, primes, block - 1, block + 1, full, nearly empty, empty
 CASES = [
@@ -115,9 +116,7 @@ def test_floats_stay_inside_the_proven_bound(impl, dtype, block):
     assert_within(got, dyd @ w, product_bound(dyd, w, fan_out, dtype), "dx")
     got = topology.unpack(ops.sddmm(dy, x, topology, impl=impl))
     mask = topology.to_mask()
-    assert_within(
-        got, mask * (dyd.t() @ xd), mask * product_bound(dyd.t(), xd, 37, dtype), "dw"
-    )
+    assert_within(got, mask * (dyd.t() @ xd), mask * product_bound(dyd.t(), xd, 37, dtype), "dw")
 
 
 @pytest.mark.parametrize("impl", ["cpu", "dense"])

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+from support import integer_values, integers
+from torch import nn
+
 from sparsekern import SparseLinear, densify_, sparse_layers, sparsify_
 from sparsekern.distribution import DISTRIBUTIONS, distribute
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError
-from support import integer_values, integers
-from torch import nn
 
 
 def mlp():
@@ -138,7 +139,11 @@ def test_one_generator_reproduces_a_model():
     [
         ({"sparsity": 1.0}, ConfigError, r"in \[0, 1\); got 1.0"),
         ({"sparsity": "0.9"}, DtypeError, "must be a number"),
-        ({"block": 64, "distribution": "uniform"}, ShapeError, r"\(64, 64\) is larger than layer '4' .*\(10, 100\)"),
+        (
+            {"block": 64, "distribution": "uniform"},
+            ShapeError,
+            r"\(64, 64\) is larger than layer '4' .*\(10, 100\)",
+        ),
         ({"block": 0}, ConfigError, "at least 1"),
         ({"distribution": "erdos"}, ConfigError, r"one of \['er', 'erk', 'uniform'\].*'erdos'"),
         ({"distribution": 3}, DtypeError, "name, a dict or a callable; got 3"),

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+
+from sparsekern.blocks import active_count, as_block, check_sparsity
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError, TopologyError
-from sparsekern.topology import ARRAY_NAMES, Topology, active_count, as_block, check_sparsity
+from sparsekern.topology import ARRAY_NAMES, Topology
 
 SHAPES = [(1, 1), (7, 9), (16, 16), (17, 15), (33, 64), (50, 3)]
 BLOCKS = [1, 4, (2, 3), (7, 1), (1, 9), 16]
@@ -48,9 +50,7 @@ def test_transpose_arrays_describe_the_same_blocks(shape):
     topology = Topology.random(shape, (2, 3), nnzb=6)
     cols = torch.repeat_interleave(topology.ccol.long().diff())
     via_transpose = {(int(r), int(c)) for r, c in zip(topology.row, cols, strict=True)}
-    direct = {
-        (int(r), int(c)) for r, c in zip(topology.slot_rows(), topology.col, strict=True)
-    }
+    direct = {(int(r), int(c)) for r, c in zip(topology.slot_rows(), topology.col, strict=True)}
     assert via_transpose == direct
     assert torch.equal(topology.col[topology.perm.long()], cols.int())
 

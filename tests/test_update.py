@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from sparsekern.errors import ConfigError, DtypeError, SparseKernError
 from sparsekern.methods import UpdateSchedule
 from sparsekern.methods.update import (
@@ -50,7 +51,13 @@ def test_the_worked_update():
 
 
 def test_ties_go_to_the_lowest_position():
-    assert top_k_mask(torch.tensor([1.0, 2, 1, 1, 0]), 3).tolist() == [True, True, True, False, False]
+    assert top_k_mask(torch.tensor([1.0, 2, 1, 1, 0]), 3).tolist() == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
     assert top_k_mask(torch.zeros(5), 2).tolist() == [True, True, False, False, False]
     topology = Topology.from_mask(torch.ones(2, 3))
     keep = drop_smallest(torch.ones(6), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -33,15 +34,20 @@ class GradientObserver:
         self.layer, self.norm, self.passes, self.reduce = layer, norm, passes, reduce
         self.key = register(self)
         self.k = 0
+        self.rounds = 0
+        self._pending = 0
+        self._grad_version = -1
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._scores: GrowScores | None = None
         self._hook: RemovableHandle | None = None
-        self._reset()
 
     def arm(self, k: int) -> None:
         """Observe coming passes, for the `k` best inactive blocks."""
         self.disarm()
         self.k = k
         self.layer.observe(self.key)
-        self._hook = self.layer.values.register_post_accumulate_grad_hook(self._accumulated)
+        register_hook: Any = self.layer.values.register_post_accumulate_grad_hook
+        self._hook = register_hook(self._accumulated)
 
     def disarm(self) -> None:
         """Stop observing, and forget."""
@@ -96,8 +102,7 @@ class GradientObserver:
         )
 
     def _reset(self) -> None:
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._pending = 0
+        self._pairs.clear()
+        self._pending = self.rounds = 0
         self._grad_version = -1
-        self.rounds = 0
-        self._scores: GrowScores | None = None
+        self._scores = None

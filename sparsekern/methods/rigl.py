@@ -64,7 +64,7 @@ class RigL(Method):
         broken = [name for name, s in scores.items() if s is not None and not s.is_finite()]
         if missing or broken:
             log.warning(
-                "topology update at weight step %d postponed: no gradient for %s, not finite for %s",
+                "update at weight step %d postponed: no gradient for %s, not finite for %s",
                 self.weight_steps,
                 missing,
                 broken,

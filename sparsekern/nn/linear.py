@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
+from sparsekern.blocks import Block
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.tickets import topology_of_largest, topology_of_mask
-from sparsekern.topology import Block, Topology
+from sparsekern.topology import Topology
 
 
 class SparseLinear(SparseLayer):
@@ -37,6 +37,8 @@ class SparseLinear(SparseLayer):
         ConfigError, ShapeError, DtypeError: an argument is out of its domain, or the block is
             larger than the layer.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -65,8 +67,8 @@ class SparseLinear(SparseLayer):
         super().__init__(topology.to(device or torch.get_default_device()), impl, dtype)
         self.in_features = in_features
         self.out_features = out_features
-        empty = self.values.new_empty(out_features) if bias else None
-        self.register_parameter("bias", nn.Parameter(empty) if empty is not None else None)
+        empty = self.values.detach().new_empty(out_features)
+        self.bias = nn.Parameter(empty) if bias else None
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -82,7 +84,8 @@ class SparseLinear(SparseLayer):
             raise ShapeError(
                 f"input must have shape (..., {self.in_features}); got {tuple(x.shape)}"
             )
-        values, bias = self.values, self.bias
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
@@ -125,7 +128,7 @@ class SparseLinear(SparseLayer):
         if sparsity is not None:
             topology = topology_of_largest(weight, sparsity, block)
         elif mask is not None:
-            topology = topology_of_mask(mask.to(weight.device), tuple(weight.shape), block)
+            topology = topology_of_mask(mask.to(weight.device), weight.shape, block)
         else:
             topology = Topology.from_mask(weight, block)
         return cls.from_topology(module, topology, impl=impl)
@@ -146,9 +149,8 @@ class SparseLinear(SparseLayer):
         )
         layer.set_active_values(topology.to(module.weight.device).pack(module.weight.detach()))
         layer.values.requires_grad_(module.weight.requires_grad)
-        if module.bias is not None:
-            with torch.no_grad():
-                layer.bias.copy_(module.bias)
+        if layer.bias is not None:
+            layer.bias.data.copy_(module.bias.detach())
             layer.bias.requires_grad_(module.bias.requires_grad)
         return layer.train(module.training)
 
@@ -161,14 +163,12 @@ class SparseLinear(SparseLayer):
             device=self.values.device,
             dtype=self.values.dtype,
         )
-        with torch.no_grad():
-            layer.weight.copy_(self.dense_weight())
-            if self.bias is not None:
-                layer.bias.copy_(self.bias)
+        layer.weight.data.copy_(self.dense_weight())
         layer.weight.requires_grad_(self.values.requires_grad)
         if self.bias is not None:
+            layer.bias.data.copy_(self.bias.detach())
             layer.bias.requires_grad_(self.bias.requires_grad)
-        return cast(nn.Linear, layer.train(self.training))
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         """Sizes as in `nn.Linear`, then block, sparsity and the implementation in use."""

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparsekern.blocks import Block, active_count, check_sparsity
 from sparsekern.errors import ShapeError, TopologyError
 from sparsekern.ops import block_norm
-from sparsekern.topology import Block, Topology, active_count, check_sparsity
+from sparsekern.topology import Topology
 
 
-def topology_of_mask(mask: Tensor, shape: tuple[int, int], block: Block) -> Topology:
+def topology_of_mask(mask: Tensor, shape: Sequence[int], block: Block) -> Topology:
     """The topology of a ticket: a mask made of whole blocks.
 
     Raises:
         ShapeError: the mask has another shape than the weight.
         TopologyError: some block is active only in part.
     """
-    if tuple(mask.shape) != shape:
-        raise ShapeError(f"`mask` must have the weight's shape {shape}; got {tuple(mask.shape)}")
+    if mask.shape != torch.Size(shape):
+        raise ShapeError(
+            f"`mask` must have the weight's shape {tuple(shape)}; got {tuple(mask.shape)}"
+        )
     topology = Topology.from_mask(mask, block)
     partial = topology.nnz - int((mask != 0).sum())
     if partial:

@@ -63,7 +63,7 @@ def spmm(
         if bias.dim() != 1:
             raise ShapeError(f"`bias` must have shape ({rows},); got {tuple(bias.shape)}")
     impl = resolve(impl, values.device, values.dtype, topology.block)
-    y = library.spmm(x.reshape(-1, cols), values, bias, *library.parts(topology), impl)
+    y: Tensor = library.spmm(x.reshape(-1, cols), values, bias, *library.parts(topology), impl)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -73,7 +73,7 @@ def spmm_t(dy: Tensor, values: Tensor, topology: Topology, *, impl: str | None =
     _check_values(values, topology)
     _check_operand("dy", dy, rows, values)
     impl = resolve(impl, values.device, values.dtype, topology.block)
-    dx = library.spmm_t(dy.reshape(-1, rows), values, *library.parts(topology), impl)
+    dx: Tensor = library.spmm_t(dy.reshape(-1, rows), values, *library.parts(topology), impl)
     return dx.view(*dy.shape[:-1], cols)
 
 
@@ -89,7 +89,9 @@ def sddmm(dy: Tensor, x: Tensor, topology: Topology, *, impl: str | None = None)
     _check_tokens(dy, x)
     _check_device(topology, x)
     impl = resolve(impl, x.device, x.dtype, topology.block)
-    return library.sddmm(dy.reshape(-1, rows), x.reshape(-1, cols), *library.parts(topology), impl)
+    flat = dy.reshape(-1, rows), x.reshape(-1, cols)
+    dw: Tensor = library.sddmm(*flat, *library.parts(topology), impl)
+    return dw
 
 
 def grow_scores(

@@ -56,5 +56,5 @@ def _(dy: Any, x: Any, values: Any, *rest: Any, **_: Any) -> int:
 
 @register_flop_formula(_ops.grow_scores)
 def _(dys: Any, xs: Any, *rest: Any, **_: Any) -> int:
-    layout = rest[5]
-    return sum(2 * dy[0] for dy in dys) * layout[0] * layout[1]
+    rows, cols, _bh, _bw = rest[5]
+    return sum(2 * int(dy[0]) for dy in dys) * int(rows) * int(cols)

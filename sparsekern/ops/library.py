@@ -112,9 +112,9 @@ def grow_scores(
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block scores of the dense gradient: (active, positions, scores) of `GrowScores`."""
-    return tuple(
-        stream_grow_scores(dys, xs, _topology(crow, col, ccol, row, perm, layout), k, norm)
-    )
+    topology = _topology(crow, col, ccol, row, perm, layout)
+    scores = stream_grow_scores(dys, xs, topology, k, norm)
+    return scores.active, scores.positions, scores.scores
 
 
 # ---- fake kernels: shapes without computing

@@ -1,0 +1,131 @@
+"""One arrow through the layers, and an import that costs and changes nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsekern
+
+ROOT = Path(sparsekern.__file__).resolve().parent.parent
+
+# A module may import from its own layer and from those to the left of it.
+LAYERS = [
+    ("sparsekern.errors",),
+    ("sparsekern.select", "sparsekern.sampling"),
+    ("sparsekern.blocks", "sparsekern.topology", "sparsekern.kernels"),
+    ("sparsekern.ops",),
+    ("sparsekern.nn",),
+    ("sparsekern.swap", "sparsekern.methods", "sparsekern.distribution"),
+    (
+        "sparsekern.accounting",
+        "sparsekern.config",
+        "sparsekern.data",
+        "sparsekern.network",
+        "sparsekern.picture",
+        "sparsekern.progress",
+        "sparsekern.report",
+        "sparsekern.training",
+    ),
+    ("sparsekern.cli", "sparsekern.__main__"),
+]
+
+
+def layer_of(module):
+    for depth, prefixes in enumerate(LAYERS):
+        if any(module == p or module.startswith(p + ".") for p in prefixes):
+            return depth
+    return None
+
+
+def modules():
+    for folder, package in ((ROOT / "sparsekern", "sparsekern"), (ROOT / "kernels", "kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if parts[0] == "kernels" and package == "sparsekern":
+                continue  # the symlink
+            name = ".".join((package if package == "sparsekern" else "sparsekern.kernels", *parts))
+            yield name.removesuffix(".__init__"), path
+
+
+def imported(name, path):
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("name", "path"), [m for m in modules() if m[0] != "sparsekern"])
+def test_no_import_runs_back_up_the_layers(name, path):
+    depth = layer_of(name)
+    assert depth is not None, f"{name} has no place in LAYERS"
+    for target in imported(name, path):
+        if target.startswith("sparsekern.") and layer_of(target) is not None:
+            assert layer_of(target) <= depth, f"{name} imports {target}"
+        if name.startswith("sparsekern.kernels.") and target.startswith("sparsekern"):
+            assert target.startswith("sparsekern.kernels"), f"{name} imports {target}"
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd="/",
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_import_and_training_need_no_optional_package():
+    code = """
+import sys
+for name in ("triton", "numba", "sklearn", "matplotlib", "tqdm"):
+    sys.modules[name] = None
+import torch, sparsekern as sk
+model = sk.sparsify_(torch.nn.Sequential(torch.nn.Linear(32, 32)), 0.5, block=16)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+sk.RigL(model, optimizer, t_end=3, update_freq=1)
+for _ in range(3):
+    model(torch.ones(2, 32)).sum().backward()
+    optimizer.step()
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_changes_no_global_state():
+    code = """
+import warnings, torch, random, numpy as np
+before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+          torch.get_float32_matmul_precision(), list(warnings.filters), random.getstate(),
+          torch.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled())
+import sparsekern
+after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+         torch.get_float32_matmul_precision(), list(warnings.filters), random.getstate(),
+         torch.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled())
+assert before == after
+import sys
+assert "numba" not in sys.modules
+assert not any(name.startswith("sparsekern.kernels") for name in sys.modules)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_kernels_folder_is_no_package_of_its_own():
+    result = run("import kernels")
+    assert result.returncode != 0
+    assert "import that instead" in result.stderr
+
+
+def test_public_names_exist_and_are_documented():
+    for name in sparsekern.__all__:
+        assert getattr(sparsekern, name).__doc__, name

@@ -1,0 +1,85 @@
+"""Several ranks: the same topologies on all, and the same as one process would choose."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsekern import SET, RigL, sparse_layers, sparsify_
+from sparsekern.errors import RankMismatchError
+
+STEPS = 9
+
+
+def build(block):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16))
+    sparsify_(model, 0.6, block=block, distribution="uniform")
+    return model
+
+
+def data(step):
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(16, 24, generator=g), torch.randn(16, 16, generator=g)
+
+
+def train(model, layers, method, rank=0, world=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    attached = method(layers, optimizer, t_end=100, update_freq=2, drop_fraction=0.5)
+    digests = []
+    for step in range(STEPS):
+        x, target = (part.chunk(world)[rank] for part in data(step))
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        digests.append([m.topology.digest() for m in sparse_layers(layers).values()])
+    assert len(attached.history) >= 3
+    return digests
+
+
+def worker(rank, world, port, method, block, queue, sabotage):
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    torch.set_num_threads(1)
+    try:
+        layers = build(block)
+        model = DistributedDataParallel(layers)
+        if sabotage and rank == 1:
+            layers[0].values.data.neg_()[0] *= 100  # another drop than on rank 0
+            model.require_forward_param_sync = False
+        queue.put((rank, train(model, layers, method, rank, world)))
+    except RankMismatchError as error:
+        queue.put((rank, str(error)))
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(world, method, block, sabotage=False):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(worker, (world, port, method, block, queue, sabotage), nprocs=world)
+    return dict(queue.get() for _ in range(world))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "block"), [(RigL, 1), (RigL, 8), (SET, 1)])
+def test_two_ranks_agree_with_each_other_and_with_one(method, block):
+    model = build(block)
+    alone = train(model, model, method)
+    results = spawn(2, method, block)
+    assert results[0] == results[1]
+    assert results[0] == alone
+
+
+@pytest.mark.slow
+def test_a_rank_that_diverges_is_named():
+    results = spawn(2, RigL, 1, sabotage=True)
+    for rank in (0, 1):
+        assert "layer '0' has another topology on rank 1 than on rank 0" in results[rank]
