@@ -23,7 +23,8 @@ from sparsekern.errors import (
 from sparsekern.network import build
 from sparsekern.training import run
 
-TINY = ["train", "--hidden", "32", "--epochs", "2", "--update-freq", "5", "--quiet"]
+TINY = ["train", "--hidden", "32", "--sparsity", "0.9", "--epochs", "2", "--update-freq", "5"]
+TINY.append("--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,7 @@ BAD_RUN = {
     "batch": ({"batch_size": 5000}, "dense", ConfigError, ["`batch_size`", "1438", "5000"]),
     "sparsity": ({"sparsity": 0.0}, "rigl", ConfigError, ["`sparsity`", "0.0"]),
     "loss": ({"lr": 1e30, "hidden": (8,)}, "dense", TrainingLoopError, ["finite", "'dense'"]),
+    "gradient": ({"lr": 1e30, "hidden": (8,)}, "rigl", TrainingLoopError, ["finite", "'rigl'"]),
 }
 
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsekern.errors import ConfigError, DtypeError, UnavailableError
 from sparsekern.ops import cpu
@@ -22,12 +23,10 @@ MATRICES = [
     ((16, 16), (1, 1), 0.0),
     ((37, 50), (4, 4), 0.7),
     ((20, 100), (1, 16), 0.6),
-    ((100, 20), (16, 1), 0.6),
     ((31, 29), (3, 5), 0.5),
     ((50, 70), (16, 16), 0.5),
     ((96, 128), (32, 32), 0.6),
     ((100, 75), (32, 32), 0.3),
-    ((70, 150), (32, 64), 0.4),
     ((150, 70), (64, 32), 0.0),
     ((130, 200), (64, 64), 0.5),
     ((200, 140), (128, 128), 0.2),
@@ -39,9 +38,19 @@ CASES = [
     for i, matrix in enumerate(MATRICES)
     for j, m in enumerate(TOKENS)
 ]
+# one BLAS call per entry is right but hopeless: small blocks go through it a few times only
+RUNS = [(c, n) for c in CASES for n in NAMES if n != "blas" or min(c[1]) >= 16 or c[3] == 2]
+
+
+def each(*blocks):
+    """Cases (block, name) of the tests that follow, without BLAS on small blocks."""
+    pairs = [(b, n) for b in blocks for n in NAMES if n != "blas" or b >= 16]
+    return pytest.mark.parametrize(("block", "name"), pairs)
 
 
 def case_id(case):
+    if isinstance(case, str):
+        return case
     (rows, cols), (bh, bw), sparsity, m, layout = case
     return f"m{m}-{rows}x{cols}-b{bh}x{bw}-s{sparsity}-{layout}"
 
@@ -50,12 +59,14 @@ def case_id(case):
 def _fine_grained(monkeypatch):
     # tiny cases are otherwise left to one thread
     if "jit" in NAMES:
-        module = importlib.import_module("sparsekern.ops.cpu_jit")
-        monkeypatch.setattr(module, "GRAIN", 1)
+        monkeypatch.setattr(importlib.import_module("sparsekern.ops.cpu_jit"), "GRAIN", 1)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def integers(*shape, dtype=torch.float32, generator=None):
-    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+def integers(*shape, dtype=torch.float32):
+    return torch.randint(-3, 4, shape).to(dtype)
 
 
 def laid_out(m, n, layout, dtype=torch.float32):
@@ -70,24 +81,24 @@ def laid_out(m, n, layout, dtype=torch.float32):
 
 def dense(t, values):
     """float64 matrix, built block by block: independent of the library's own unpack."""
-    (bh, bw), full = t.block, torch.zeros(t.shape, dtype=torch.float64)
-    for i, j, slot in zip(t.row.tolist(), owners(t), t.perm.tolist(), strict=True):
-        home = full[i * bh : (i + 1) * bh, j * bw : (j + 1) * bw]
+    full = torch.zeros(t.shape, dtype=torch.float64)
+    for slot, home in homes(t, full):
         home.copy_(values[slot, : home.shape[0], : home.shape[1]])
     return full
 
 
 def sampled(t, gradient):
-    bh, bw = t.block
-    out = torch.zeros(t.nnzb, bh, bw, dtype=gradient.dtype)
-    for i, j, slot in zip(t.row.tolist(), owners(t), t.perm.tolist(), strict=True):
-        tile = gradient[i * bh : (i + 1) * bh, j * bw : (j + 1) * bw]
-        out[slot, : tile.shape[0], : tile.shape[1]] = tile
+    out = torch.zeros(t.nnzb, *t.block, dtype=gradient.dtype)
+    for slot, home in homes(t, gradient):
+        out[slot, : home.shape[0], : home.shape[1]] = home
     return out
 
 
-def owners(t):
-    return torch.repeat_interleave(torch.arange(t.block_cols), t.ccol.diff()).tolist()
+def homes(t, full):
+    bh, bw = t.block
+    columns = torch.repeat_interleave(torch.arange(t.block_cols), t.ccol.diff()).tolist()
+    for i, j, slot in zip(t.row.tolist(), columns, t.perm.tolist(), strict=True):
+        yield slot, full[i * bh : (i + 1) * bh, j * bw : (j + 1) * bw]
 
 
 def draw(shape, block, sparsity, seed=0):
@@ -100,8 +111,7 @@ def products(x, dy, values, t, bias=None):
     return cpu.spmm(x, values, t, bias), dx, dw, cpu.spmm_t(dy, values, t), cpu.sddmm(dy, x, t)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize(("case", "name"), RUNS, ids=case_id)
 def test_exact_on_integers(case, name):
     shape, block, sparsity, m, layout = case
     torch.manual_seed(m)
@@ -124,8 +134,7 @@ def test_exact_on_integers(case, name):
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, dy, values), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("block", [1, 4, 32])
+@each(1, 4, 32)
 def test_no_active_block(block, name):
     t = Topology.from_positions(torch.zeros(0, dtype=torch.int64), (40, 70), block)
     values, bias = torch.zeros(0, *t.block), integers(40)
@@ -136,9 +145,8 @@ def test_no_active_block(block, name):
     assert dw.shape == (0, *t.block)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("block", [1, 4, 16, 32, 64])
+@each(1, 4, 16, 32, 64)
 def test_within_the_a_priori_bound(block, dtype, name):
     torch.manual_seed(block)
     t = draw((150, 203), block, 0.5)
@@ -161,8 +169,7 @@ def within(got, want, magnitude, terms):
     assert bool(((got.double() - want).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("block", [1, 4, 32])
+@each(1, 4, 32)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_stays_where_it_belongs(bad, block, name):
     t = draw((70, 90), block, 0.6)
@@ -180,8 +187,7 @@ def test_not_finite_stays_where_it_belongs(bad, block, name):
     assert torch.equal(dw.isfinite().logical_not(), sampled(t, hit) != 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("block", [4, 32])
+@each(4, 32)
 def test_garbage_in_the_padding_of_values_is_never_read(block, name):
     t = draw((70, 90), block, 0.0)
     values = integers(t.nnzb, *t.block)
@@ -194,22 +200,16 @@ def test_garbage_in_the_padding_of_values_is_never_read(block, name):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that an operator returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
+    numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for a in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(a, torch.Tensor):
-                self.numel = max(self.numel, a.numel())
+        tensors = [a for a in tree_leaves(out) if isinstance(a, torch.Tensor)]
+        self.numel = max([self.numel, *(a.numel() for a in tensors)])
         return out
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("block", [1, 4, 32, 64])
+@each(1, 4, 32, 64)
 def test_nothing_dense_is_allocated(block, name):
     t = draw((512, 640), block, 0.95)
     x, dy, values = torch.ones(48, 640), torch.ones(48, 512), torch.ones(t.nnzb, *t.block)
@@ -218,21 +218,16 @@ def test_nothing_dense_is_allocated(block, name):
     assert 0 < largest.numel < 512 * 640 // 4
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("block", [1, 4, 32])
+@each(1, 4, 32)
 def test_same_bits_again_and_for_any_number_of_threads(block, name):
     torch.manual_seed(1)
     t = draw((200, 300), block, 0.6)
     x, dy, values = torch.randn(333, 300), torch.randn(333, 200), torch.randn(t.nnzb, *t.block)
-    before = torch.get_num_threads()
-    try:
-        with cpu.force(name):
-            outs = []
-            for threads in (1, 1, 2, 3, 2):
-                torch.set_num_threads(threads)
-                outs.append(products(x, dy, values, t))
-    finally:
-        torch.set_num_threads(before)
+    outs = []
+    with cpu.force(name):
+        for threads in (1, 1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            outs.append(products(x, dy, values, t))
     # BLAS promises no such thing across thread counts, only from run to run
     for other in [outs[1]] if name == "blas" else outs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
@@ -253,10 +248,9 @@ def test_callers_in_several_threads(name):
                 wrong.extend(a for a, b in zip(got, want, strict=True) if not torch.equal(a, b))
 
     callers = [threading.Thread(target=call) for _ in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
+    for step in (threading.Thread.start, threading.Thread.join):
+        for caller in callers:
+            step(caller)
     assert not wrong
 
 
@@ -279,14 +273,6 @@ def test_the_rule_can_be_asked_and_overridden(monkeypatch):
         pass
 
 
-def run_python(code):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    return subprocess.run(
-        command, check=False, env=env, capture_output=True, text=True, timeout=120
-    )
-
-
 HEAD = """
 import os, sys, torch
 if {block_numba}: sys.modules["numba"] = None
@@ -298,22 +284,30 @@ def go(): return cpu.spmm(x, v, t, None), *cpu.backward(x, x, v, t)
 """
 
 
+def run_python(code, **fields):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", HEAD.format(**fields) + code]
+    done = subprocess.run(
+        command, check=False, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 @pytest.mark.parametrize(("block", "name"), [(1, "csr"), (32, "blas")])
 def test_runs_without_numba(block, name):
-    code = HEAD.format(block_numba=True, block=block)
-    done = run_python(code + f"go(); assert cpu.backend_for(t, x.dtype) == {name!r}; print('ok')")
-    assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
+    code = "go(); print(cpu.backend_for(t, x.dtype))"
+    assert run_python(code, block_numba=True, block=block) == name
 
 
 @pytest.mark.skipif("jit" not in NAMES, reason="needs numba")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_starts_its_own_threads():
-    code = HEAD.format(block_numba=False, block=32) + (
+    code = (
         "from sparsekern.ops import cpu_jit; cpu_jit.GRAIN = 1; torch.set_num_threads(2)\n"
         "want = go(); pid = os.fork()\n"
         "same = all(torch.equal(a, b) for a, b in zip(want, go()))\n"
         "if pid == 0: os._exit(0 if same else 1)\n"
         "print(os.waitpid(pid, 0)[1], same)"
     )
-    done = run_python(code)
-    assert (done.returncode, done.stdout.strip()) == (0, "0 True"), done.stderr
+    assert run_python(code, block_numba=False, block=32) == "0 True"

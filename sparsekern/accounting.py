@@ -1,0 +1,170 @@
+"""What a training run costs: FLOPs by formula, bytes of real tensors, and measured time.
+
+1 multiply-add = 2 FLOPs. Only weight products count: biases, activations and the optimizer are
+left out, as are the scores of a topology update. Sparse layers count what is executed: whole
+blocks, and dense products where an implementation computes them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.nn import SparseLayer
+from sparsekern.ops.flops import grow_flops, product_flops
+
+FLOP_CONVENTION = "1 multiply-add = 2 FLOPs; biases, activations and the optimizer are not counted"
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one run.
+
+    Attributes:
+        inference: of one forward pass, per image, executed.
+        dense_equivalent: of the same pass if every layer were dense.
+        training: of the whole run, executed.
+    """
+
+    inference: int
+    dense_equivalent: int
+    training: int
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes that stay allocated between two training steps, summed over real tensors."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    index: int
+
+    @property
+    def trained(self) -> int:
+        """Weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Index arrays included."""
+        return self.trained + self.index
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Median time of a training step, and median ratio to the baseline beside it.
+
+    Attributes:
+        seconds: of one step.
+        ratio: to the baseline's step measured in the same round.
+    """
+
+    seconds: float
+    ratio: float
+
+
+def forward_flops(model: nn.Module) -> int:
+    """FLOPs of a forward pass per sample, f_S: 2 for each weight held."""
+    sparse = sum(product_flops(1, m.topology, m.resolved_impl) for m in _sparse(model))
+    return sparse + _dense_layers(model)
+
+
+def dense_forward_flops(model: nn.Module) -> int:
+    """The same, f_D, if every sparse layer were dense."""
+    return sum(grow_flops(1, m.topology) for m in _sparse(model)) + _dense_layers(model)
+
+
+def run_flops(model: nn.Module, batch: int, weight_steps: int, update_batches: int) -> Flops:
+    """FLOPs of a run, by Evci et al. 2020, appendix H.
+
+    Args:
+        model: its number of active weights never changes.
+        batch: images per step.
+        weight_steps: each costs 3 f_S per image: forward, input and weight gradient.
+        update_batches: batches spent on a dense weight gradient, 2 f_S + f_D per image each.
+    """
+    f_s, f_d = forward_flops(model), dense_forward_flops(model)
+    training = batch * (3 * f_s * weight_steps + (2 * f_s + f_d) * update_batches)
+    return Flops(inference=f_s, dense_equivalent=f_d, training=training)
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
+    """Sum the tensors that exist now; call it after a step, while the gradients are there."""
+    parameters = list(model.parameters())
+    state = [entry for p in parameters for entry in optimizer.state.get(p, {}).values()]
+    return HeldBytes(
+        weights=_bytes(parameters),
+        gradients=_bytes(p.grad for p in parameters if p.grad is not None),
+        optimizer=_bytes(entry for entry in state if isinstance(entry, Tensor)),
+        index=_bytes(model.buffers()),
+    )
+
+
+def paired_step_times(
+    steps: Mapping[str, Callable[[], object]],
+    baseline: str,
+    *,
+    device: torch.device,
+    rounds: int = 30,
+    burst: int = 5,
+) -> dict[str, StepTime]:
+    """Time short bursts of steps in turn.
+
+    Each ratio is between neighbours in time, so a machine that drifts favours nobody.
+
+    Args:
+        steps: a training step by name, warmed up.
+        baseline: whose time the ratios divide by.
+        device: to wait for at the end of a burst.
+        rounds: bursts of each; their order is reversed every other round.
+        burst: steps in a burst.
+    """
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds + 1):
+        for name in names if i % 2 else reversed(names):
+            seconds = _timed(steps[name], burst, device)
+            if i:  # the first round warms up
+                times[name].append(seconds)
+    return {
+        name: StepTime(
+            seconds=statistics.median(taken),
+            ratio=statistics.median(
+                t / base for t, base in zip(taken, times[baseline], strict=True)
+            ),
+        )
+        for name, taken in times.items()
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given; nothing to do on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(step: Callable[[], object], burst: int, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(burst):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - start) / burst
+
+
+def _sparse(model: nn.Module) -> list[SparseLayer]:
+    return [m for m in model.modules() if isinstance(m, SparseLayer)]
+
+
+def _dense_layers(model: nn.Module) -> int:
+    return sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

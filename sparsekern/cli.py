@@ -1,0 +1,224 @@
+"""The command line: `sparsekern train` compares sparse training methods with dense training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import sparsekern
+from sparsekern import picture, report
+from sparsekern.accounting import paired_step_times
+from sparsekern.config import ALL_METHODS, DENSE, OPTIMIZERS, PRESETS, TrainConfig
+from sparsekern.data import DATASETS, Dataset, load
+from sparsekern.distribution import DISTRIBUTIONS
+from sparsekern.errors import ConfigError, SparseKernError
+from sparsekern.network import build
+from sparsekern.ops.dispatch import BACKENDS
+from sparsekern.progress import Progress
+from sparsekern.swap import sparse_layers
+from sparsekern.training import RunResult, Trainer, total_steps
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        _train(arguments)
+    except SparseKernError as error:
+        sys.stderr.write(f"sparsekern: error: {error}\n")
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("sparsekern: interrupted\n")
+        return INTERRUPTED
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; options left out are None, and take the dataset's preset."""
+    top = argparse.ArgumentParser(prog="sparsekern", description=sparsekern.__doc__.split("\n")[0])
+    top.add_argument("--version", action="version", version=sparsekern.__version__)
+    commands = top.add_subparsers(required=True, metavar="command")
+    train = commands.add_parser(
+        "train",
+        help="compare sparse training methods with dense training",
+        description="Train a fully connected network by several methods, with the same data and "
+        "seeds, and compare accuracy, FLOPs, bytes and time with dense training.",
+    )
+    _add_task(train)
+    _add_training(train)
+    _add_output(train)
+    return top
+
+
+def _add_task(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("what to train")
+    group.add_argument("--data", choices=DATASETS, default="digits", help="default: digits")
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of train-images-idx3-ubyte and its companions, .gz or plain, for "
+        "fashion-mnist (Debian has them as the package dataset-fashion-mnist)",
+    )
+    group.add_argument(
+        "--method", nargs="+", choices=ALL_METHODS, dest="methods", help=_preset("methods")
+    )
+    group.add_argument("--hidden", type=_widths, metavar="N,N", help=_preset("hidden"))
+    group.add_argument("--sparsity", type=float, metavar="S", help=_preset("sparsity"))
+    group.add_argument(
+        "--block", type=_block, metavar="B", help="16, or 16x32 (outputs x inputs); default: 1"
+    )
+    group.add_argument("--distribution", choices=DISTRIBUTIONS, help=_preset("distribution"))
+
+
+def _add_training(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("how to train")
+    for option, kind in (
+        ("epochs", int),
+        ("batch-size", int),
+        ("lr", float),
+        ("momentum", float),
+        ("weight-decay", float),
+        ("update-freq", int),
+        ("drop-fraction", float),
+        ("seeds", int),
+    ):
+        help_text = _preset(option.replace("-", "_"))
+        group.add_argument(f"--{option}", type=kind, metavar=option[0].upper(), help=help_text)
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help=_preset("optimizer"))
+    group.add_argument("--device", help="cpu or cuda; default: cpu")
+    group.add_argument("--impl", choices=BACKENDS, help="default: chosen by device")
+    group.add_argument(
+        "--threads", type=int, default=1, metavar="T", help="of the CPU; default: 1, for small nets"
+    )
+
+
+def _add_output(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("what to write")
+    group.add_argument("--json", type=Path, metavar="FILE", help="all results, machine-readable")
+    group.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="PNG of the connections that leave each input pixel, before and after training",
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress, only the results")
+
+
+def _preset(field: str) -> str:
+    """Help text: the default of each dataset."""
+    values = {name: getattr(config, field) for name, config in PRESETS.items()}
+    shown = {
+        name: " ".join(map(str, v)) if field == "methods" else _show(v)
+        for name, v in values.items()
+    }
+    if len(set(shown.values())) == 1:
+        return f"default: {shown[DATASETS[0]]}"
+    return "default: " + ", ".join(f"{value} for {name}" for name, value in shown.items())
+
+
+def _show(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _block(text: str) -> int | tuple[int, int]:
+    edges = text.lower().split("x")
+    if not 1 <= len(edges) <= 2 or not all(edge.isdecimal() for edge in edges):
+        raise argparse.ArgumentTypeError(f"expected a block like 16 or 16x32; got {text!r}")
+    return int(edges[0]) if len(edges) == 1 else (int(edges[0]), int(edges[1]))
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    widths = text.split(",")
+    if not all(width.strip().isdecimal() for width in widths):
+        raise argparse.ArgumentTypeError(f"expected widths like 300,100; got {text!r}")
+    return tuple(map(int, widths))
+
+
+def _config(arguments: argparse.Namespace) -> TrainConfig:
+    """The dataset's preset, with what was given in its place."""
+    names = TrainConfig.__dataclass_fields__
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    if "methods" in given:
+        given["methods"] = tuple(dict.fromkeys(given["methods"]))
+    return replace(PRESETS[arguments.data], **given)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    if arguments.threads < 1:
+        raise ConfigError(f"`threads` must be at least 1; got {arguments.threads}")
+    torch.set_num_threads(arguments.threads)
+    data = load(config.data, arguments.data_dir)
+    methods = tuple(dict.fromkeys((DENSE, *config.methods)))
+    facts = _check(config, data, methods, arguments)
+    sys.stdout.write(facts + "\n")
+    comparison = _compare(config, data, methods, quiet=arguments.quiet)
+    sys.stdout.write("\n" + report.table(comparison) + "\n")
+    if arguments.json:
+        report.write_json(comparison, arguments.json)
+        sys.stdout.write(f"Results as JSON: {arguments.json}\n")
+    if arguments.picture:
+        drawn = _drawn_method(methods)
+        picture.draw(comparison.results[drawn], data.average, arguments.picture, facts)
+        sys.stdout.write(f"Picture of {drawn}: {arguments.picture}\n")
+
+
+def _check(
+    config: TrainConfig, data: Dataset, methods: Sequence[str], arguments: argparse.Namespace
+) -> str:
+    """Find what can't work before hours of training; returns a line on what will be trained."""
+    for name, path in (("json", arguments.json), ("picture", arguments.picture)):
+        if path and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise ConfigError(f"`{name}` must be a file in an existing folder; got {str(path)!r}")
+    if arguments.picture:
+        picture.check_available()
+    total_steps(config, data)
+    widths = "-".join(map(str, (data.pixels, *config.hidden)))
+    models = {method: build(config, data.pixels, method, seed=0) for method in methods}
+    if _drawn_method(methods) == DENSE:
+        return f"{config.data}, {widths}-10, {config.epochs} epochs: dense only"
+    layers = sparse_layers(models[_drawn_method(methods)])
+    # asking for `resolved_impl` raises if the named implementation can't run here
+    impls = ", ".join(sorted({layer.resolved_impl for layer in layers.values()}))
+    parts = ", ".join(f"{name} {layer.density:.2%}" for name, layer in layers.items())
+    return (
+        f"{config.data}, {widths}-10, {config.epochs} epochs, sparsity {config.sparsity:g} "
+        f"({config.distribution}, block {_show(config.block).replace(',', 'x')}), impl {impls}; "
+        f"density: {parts}"
+    )
+
+
+def _drawn_method(methods: Sequence[str]) -> str:
+    sparse = [method for method in methods if method != DENSE]
+    return "rigl" if "rigl" in sparse else [*sparse, DENSE][0]
+
+
+def _compare(
+    config: TrainConfig, data: Dataset, methods: Sequence[str], *, quiet: bool
+) -> report.Comparison:
+    results: dict[str, list[RunResult]] = {method: [] for method in methods}
+    runs = config.seeds * len(methods)
+    with Progress(total_steps(config, data), runs, quiet=quiet) as progress:
+        for seed in range(config.seeds):
+            trainers = {method: Trainer(config, data, method, seed) for method in methods}
+            for method, trainer in trainers.items():
+                progress.begin(f"{method}, seed {seed}")
+                result = trainer.train(progress.step)
+                results[method].append(result)
+                progress.end(f"{result.accuracy:.2%} in {result.seconds:.1f} s")
+    # the trained networks of the last seed: their connections are the ones that matter
+    steps = {method: trainer.step for method, trainer in trainers.items()}
+    times = paired_step_times(steps, DENSE, device=torch.device(config.device))
+    return report.Comparison(config, results, times)
