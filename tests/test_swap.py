@@ -127,6 +127,12 @@ def test_densify_turns_it_back():
     assert torch.equal(model(x), before)
 
 
+def test_a_generator_leaves_the_global_one_alone():
+    model, state = mlp(), torch.get_rng_state()
+    sparsify_(model, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_one_generator_reproduces_a_model():
     a, b = (sparsify_(mlp(), generator=torch.Generator().manual_seed(1)) for _ in range(2))
     for name, layer in sparse_layers(a).items():

@@ -106,7 +106,10 @@ class Method:
             )
         self.layers = {n: m for n, m in sparse_layers(model).items() if m.values.requires_grad}
         if not self.layers:
-            raise ConfigError("`model` has no trainable sparse layer; call sparsify_ first")
+            raise ConfigError(
+                "`model` has no trainable sparse layer; call sparsify_ first (at a low sparsity "
+                "ERK leaves all layers dense)"
+            )
         for name, layer in self.layers.items():
             check_holds(optimizer, name, layer.values)
         self.optimizer = optimizer

@@ -6,6 +6,7 @@ Algorithm 1.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class RigL(Method):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.observers: dict[str, GradientObserver] = {}
+        self._postponed: int | None = -1
         super().__init__(*args, **kwargs)
 
     def arm(self, due: bool) -> None:
@@ -63,12 +65,16 @@ class RigL(Method):
         missing = [name for name, s in scores.items() if s is None]
         broken = [name for name, s in scores.items() if s is not None and not s.is_finite()]
         if missing or broken:
-            log.warning(
+            # once for each update that is due, not once for each batch it waits
+            level = logging.DEBUG if self._postponed == self.last_update else logging.WARNING
+            log.log(
+                level,
                 "update at weight step %d postponed: no gradient for %s, not finite for %s",
                 self.weight_steps,
                 missing,
                 broken,
             )
+            self._postponed = self.last_update
             self._prepare()
         return not (missing or broken)
 

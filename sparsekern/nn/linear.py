@@ -144,6 +144,7 @@ class SparseLinear(SparseLayer):
             module.bias is not None,
             topology=topology,
             impl=impl,
+            generator=torch.Generator(module.weight.device).manual_seed(0),  # overwritten below
             device=module.weight.device,
             dtype=module.weight.dtype,
         )

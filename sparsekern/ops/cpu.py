@@ -41,6 +41,7 @@ _forced: ContextVar[str | None] = ContextVar("sparsekern_cpu_backend", default=N
 
 
 @functools.cache
+@functools.cache
 def has_numba() -> bool:
     """Whether numba is installed and works with this numpy (it refuses a version it does not know).
 
@@ -123,8 +124,12 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor
 
 def _plan(t: Topology, x: Tensor) -> tuple[Backend, torch.dtype]:
     name = backend_for(t, x.dtype)
-    module = importlib.import_module(f"sparsekern.ops.cpu_{name}")
-    return cast("Backend", module), _COMPUTE[x.dtype]
+    return _module(name), _COMPUTE[x.dtype]
+
+
+@functools.cache
+def _module(name: str) -> Backend:
+    return cast("Backend", importlib.import_module(f"sparsekern.ops.cpu_{name}"))
 
 
 def _checked(name: str) -> str:

@@ -10,10 +10,7 @@ one block row; tiles, per thread one tile of tokens, in `sddmm` a chunk of tiles
 from __future__ import annotations
 
 import itertools
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from torch import Tensor
 from sparsekern.ops import cpu_tiles, cpu_wide
 from sparsekern.ops.cpu_csr import clear_padding
 from sparsekern.ops.cpu_simd import VECS, WIDTH
+from sparsekern.ops.threads import Task, run
 
 if TYPE_CHECKING:
     from sparsekern.topology import Topology
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 CHUNK = 4  # tiles of tokens packed at a time for the tiled sddmm, at least one per thread
 GRAIN = 1 << 20  # multiply-adds that are worth waking another thread for
 Ranges = list[tuple[int, int]]
-Task = Callable[[], None]
 
 
 def spmm(x: Tensor, values: Tensor, t: Topology, bias: Tensor | None) -> Tensor:
@@ -48,7 +45,7 @@ def sddmm(dy: Tensor, x: Tensor, t: Topology) -> Tensor:
     job = _Job(t, x)
     dw = x.new_zeros(t.nnzb, *t.block)
     if job.wide:
-        _run([job.wide_dots(dw, dy, x, part) for part in _even(t.nnzb, job.threads)])
+        run([job.wide_dots(dw, dy, x, part) for part in _even(t.nnzb, job.threads)])
         clear_padding(dw, t)
     else:
         _tiled_backward(job, dw, dy, x)
@@ -63,7 +60,7 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor
     if job.wide:
         tasks = job.wide_sums(dx, dy, values, None, transposed=True)
         tasks += [job.wide_dots(dw, dy, x, part) for part in _even(t.nnzb, job.threads)]
-        _run(tasks)
+        run(tasks)
         clear_padding(dw, t)
     else:
         _tiled_backward(job, dw, dy, x, (dx, _in_order(values, t)))
@@ -153,7 +150,7 @@ def _product(
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(x.shape[0], t.shape[1] if transposed else t.shape[0])
     if job.wide:
-        _run(job.wide_sums(out, x, values, bias, transposed=transposed))
+        run(job.wide_sums(out, x, values, bias, transposed=transposed))
         return out
     values = _in_order(values, t) if transposed else values
     tiles = _even(-(-job.tokens // job.tile), job.threads)
@@ -165,7 +162,7 @@ def _product(
             job.pack(at, x, tile)
             job.tile_sum(out, at, values, bias, tile, transposed)
 
-    _run([_task(part, i) for i in range(len(tiles))])
+    run([_task(part, i) for i in range(len(tiles))])
     return out
 
 
@@ -200,8 +197,8 @@ def _tiled_backward(
             for i in range(count):
                 job.tile_dots(dw, dt[i].data_ptr(), xt[i].data_ptr(), part)
 
-        _run([_task(prepare, part) for part in _even(count, job.threads)])
-        _run([_task(reduce, part) for part in _even(job.t.nnzb, job.threads)])
+        run([_task(prepare, part) for part in _even(count, job.threads)])
+        run([_task(reduce, part) for part in _even(job.t.nnzb, job.threads)])
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int]:
@@ -230,53 +227,3 @@ def _balanced(ptr: Tensor, parts: int) -> Ranges:
 
 def _task(function: Callable[..., None], *args: Any) -> Task:
     return lambda: function(*args)
-
-
-def _run(tasks: Sequence[Task]) -> None:
-    """Run the tasks on torch's number of threads, the caller among them, and wait for all.
-
-    Tasks never wait for one another, so callers may share the pool and no order deadlocks.
-    """
-    threads = min(torch.get_num_threads(), len(tasks))
-    if threads < 2:
-        for task in tasks:
-            task()
-        return
-    pool = _pool(threads - 1)
-    futures = [pool.submit(_each, tasks[i::threads]) for i in range(1, threads)]
-    try:
-        _each(tasks[::threads])
-    finally:
-        for future in futures:
-            future.exception()
-    for future in futures:
-        future.result()
-
-
-def _each(tasks: Sequence[Task]) -> None:
-    for task in tasks:
-        task()
-
-
-def _pool(size: int) -> ThreadPoolExecutor:
-    """The process's helpers, at least `size`; a forked child starts its own."""
-    with _State.lock:
-        if _State.pool is None or _State.size < size:
-            _State.pool = ThreadPoolExecutor(size, thread_name_prefix="sparsekern")
-            _State.size = size
-        return _State.pool
-
-
-class _State:
-    lock = threading.Lock()
-    pool: ThreadPoolExecutor | None = None
-    size = 0
-
-
-def _forget() -> None:
-    """Threads do not survive a fork, and the lock may have been held by one of them."""
-    _State.lock, _State.pool, _State.size = threading.Lock(), None, 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

@@ -95,6 +95,7 @@ def tile_sum(
         for q in range(r, min(r + group, arrays[3])):
             _row(z, eb, acc + (q - r) * bo * tile * eb, xt, w, arrays, bias, q, out[2])
         _unpack(z, eb, out[0] + (start * out[1] + r * bo) * eb, out[1], acc, some, size)
+    scratch[0] = 0  # numba frees an array after its last use: this keeps it until here
 
 
 @jit

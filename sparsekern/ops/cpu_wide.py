@@ -155,6 +155,7 @@ def wide_sum(
                 for g in range(size):
                     for j in range(nb):
                         move(z, (home + g * out[1] * eb, j, edge + g * bo * eb, j))
+    scratch[0] = 0  # numba frees an array after its last use: this keeps it until here
 
 
 @jit
@@ -215,3 +216,4 @@ def wide_dots(
                 near = x[0] + (m * x[1] + geti(z, (arrays[1], e + 1)) * bw) * eb
             soon = (near, x[1], -(-PASS * ROWS // bh), bw * eb)
             _sweep(z, eb, bh, bw, c, (left, 1, bh), (right, bw), size, soon)
+    scratch[0] = 0  # numba frees an array after its last use: this keeps it until here

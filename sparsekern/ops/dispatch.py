@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -42,6 +43,7 @@ class Backend(Protocol):
         """dx and dw at once."""
 
 
+@functools.cache
 def backend(impl: str) -> Backend:
     """The module behind a resolved implementation name."""
     return cast(Backend, importlib.import_module(BACKENDS[impl]))
@@ -78,6 +80,7 @@ def resolve(
     return impl
 
 
+@functools.cache
 def has_triton() -> bool:
     """Whether the package triton can be imported."""
     return importlib.util.find_spec("triton") is not None
