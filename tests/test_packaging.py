@@ -61,7 +61,8 @@ def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(pip, check=True, capture_output=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(pip, check=True, capture_output=True, env=env)
     # torch and numpy are borrowed from this environment; the package is not
     borrowed = tmp_path / "borrowed"
     borrowed.mkdir()
@@ -77,7 +78,6 @@ assert "/env/" in sparsekern.__file__, sparsekern.__file__
 assert importlib.util.find_spec("kernels") is None
 print(sparsekern.SparseLinear(8, 8)(torch.ones(2, 8)).shape)
 """
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env["PYTHONPATH"] = str(borrowed)
     result = subprocess.run(
         [python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False

@@ -48,10 +48,9 @@ def worker(rank, world, port, method, block, queue, sabotage):
     torch.set_num_threads(1)
     try:
         layers = build(block)
-        model = DistributedDataParallel(layers)
+        model = DistributedDataParallel(layers, broadcast_buffers=False)
         if sabotage and rank == 1:
             layers[0].values.data.neg_()[0] *= 100  # another drop than on rank 0
-            model.require_forward_param_sync = False
         queue.put((rank, train(model, layers, method, rank, world)))
     except RankMismatchError as error:
         queue.put((rank, str(error)))
