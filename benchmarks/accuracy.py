@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy --data-dir DIR [--seeds 5]
 
 The output layer is dense. All rows take the same weight steps on the same batches. RigL and static
-share the command line's preset; static is also shown at a lower weight decay, which suits it better.
+share the command line's preset; static is also shown at a lower weight decay, which suits it more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+
 from benchmarks.environment import save
 from sparsekern import data, training
 from sparsekern.config import PRESETS
