@@ -39,28 +39,28 @@ class StreamedTopK:
 
     def __init__(self, k: int, like: Tensor) -> None:
         self.k = k
-        self.scores = like.new_empty(0)
-        self.positions = torch.empty(0, dtype=torch.int64, device=like.device)
-        self.threshold = like.new_full((), -torch.inf)
+        self.held = 0
+        self._scores = [like.new_empty(0)]
+        self._positions = [torch.empty(0, dtype=torch.int64, device=like.device)]
+        self._threshold = like.new_full((), -torch.inf)
 
     def push(self, scores: Tensor, first: int) -> None:
         """Offer `scores` (n,), the first of which stands at position `first`; -inf never wins."""
         if not self.k:
             return
-        at = (scores > self.threshold).nonzero()[:, 0]
-        self.scores = torch.cat([self.scores, scores[at]])
-        self.positions = torch.cat([self.positions, at + first])
-        if self.scores.numel() >= 2 * self.k:
-            self._discard()
+        at = (scores > self._threshold).nonzero()[:, 0]
+        self._scores.append(scores[at])
+        self._positions.append(at + first)
+        self.held += at.numel()
+        if self.held >= 2 * self.k:
+            self.result()
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Positions (ascending) and scores of the k best seen, or of all if fewer were offered."""
-        self._discard()
-        return self.positions, self.scores
-
-    def _discard(self) -> None:
-        if self.scores.numel() <= self.k or not self.k:
-            return
-        mask = top_k_mask(self.scores, self.k)
-        self.scores, self.positions = self.scores[mask], self.positions[mask]
-        self.threshold = self.scores.min()
+        scores, positions = torch.cat(self._scores), torch.cat(self._positions)
+        if self.held > self.k:
+            mask = top_k_mask(scores, self.k)
+            scores, positions = scores[mask], positions[mask]
+            self._threshold = scores.min()
+        self._scores, self._positions, self.held = [scores], [positions], scores.numel()
+        return positions, scores

@@ -9,9 +9,11 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Triton reads this when a kernel is decorated. tests/aot compiles instead, in its own process.
-if not torch.cuda.is_available() and not any("aot" in arg for arg in sys.argv):
-    os.environ["TRITON_INTERPRET"] = "1"
+# Triton reads this when a kernel is decorated. tests/aot compiles instead, in its own process;
+# workers started from here inherit what is decided first.
+if not torch.cuda.is_available():
+    compiling = any("aot" in arg for arg in sys.argv)
+    os.environ.setdefault("TRITON_INTERPRET", "0" if compiling else "1")
 
 
 @pytest.fixture(autouse=True)
