@@ -14,14 +14,15 @@ def sample_sorted(n: int, total: int, generator: torch.Generator | None = None) 
     Draws with replacement and discards repeats, so memory is a few times 8 n bytes.
     """
     if n > total // 2:
-        return torch.randperm(total, generator=generator)[:n].sort().values
-    drawn = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(total, generator=generator, device="cpu")[:n].sort().values
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < n:
         missing = n - drawn.numel()
-        fresh = torch.randint(total, (missing + missing // 8 + 16,), generator=generator)
+        count = missing + missing // 8 + 16
+        fresh = torch.randint(total, (count,), generator=generator, device="cpu")
         drawn = torch.unique(torch.cat([drawn, fresh]))
     # the set is uniform, so leaving out a uniform part of it keeps it so
-    keep = torch.randperm(drawn.numel(), generator=generator)[:n]
+    keep = torch.randperm(drawn.numel(), generator=generator, device="cpu")[:n]
     return drawn[keep.sort().values]
 
 

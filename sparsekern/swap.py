@@ -60,7 +60,8 @@ def sparsify_(
             wins, others get `sparsity`); or a callable (name, module) -> sparsity.
         filter_fn: (module, name) -> whether to replace it; takes the place of the default
             exclusions.
-        exclude: names to leave dense, as globs ("encoder.*.out") or compiled regexes.
+        exclude: names to leave dense, with all they contain, as globs ("encoder.*.out") or compiled
+            regexes.
         init: "sparse": random connections, values drawn for each neuron's real inputs. "keep":
             connections of largest magnitude, with their values (start from a trained model).
             None: random connections, the model's own values.
@@ -91,21 +92,29 @@ def sparsify_(
         _check_block(target, block)
     for target in targets:
         layer = _converted(target, block, init, impl, generator)
-        model.set_submodule(target.name, layer)
+        _replace(model, target.module, layer)
     return model
 
 
 def densify_(model: nn.Module) -> nn.Module:
     """Replace the model's `SparseLinear` layers by `nn.Linear` with the same weights, in place."""
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if isinstance(module, SparseLinear):
-            model.set_submodule(name, module.to_dense())
+            _replace(model, module, module.to_dense())
     return model
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The model's sparse layers by name, each once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model holds `old`: a module used under two names stays one."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():  # named_children lists each module once
+            if child is old:
+                setattr(parent, name, new)
 
 
 def _candidates(
@@ -118,7 +127,11 @@ def _candidates(
         hits = [name for name, _ in model.named_modules() if _matches(pattern, name)]
         if not hits:
             raise ConfigError(f"`exclude` pattern {_show(pattern)} matches no module of the model")
-        linear = {name: m for name, m in linear.items() if name not in hits}
+        linear = {
+            name: m
+            for name, m in linear.items()
+            if not any(name == hit or name.startswith(f"{hit}.") for hit in hits)
+        }
     if filter_fn is not None:
         return {name: m for name, m in linear.items() if filter_fn(m, name)}
     shared = _shared_weights(model)

@@ -10,7 +10,7 @@ from support import integer_values, integers
 from torch import nn
 from torch.nn import functional as F
 
-from sparsekern import SparseLinear, Topology
+from sparsekern import SparseLinear, Topology, sparsify_
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError, TopologyError
 from sparsekern.nn.init import bounds, fan_in
 
@@ -274,3 +274,27 @@ def test_bad_input(call, error, text):
     with pytest.raises(error, match=text) as info:
         call()
     assert error is RuntimeError or isinstance(info.value, SparseKernError)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_another_density_changes_nothing(strict):
+    layer = SparseLinear(64, 32, sparsity=0.9)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    foreign = SparseLinear(64, 32, sparsity=0.5).state_dict()
+    with pytest.raises(ShapeError, match="must have 205 active blocks .* got 1024"):
+        layer.load_state_dict(foreign, strict=strict)
+    partial = {k: v for k, v in before.items() if k in ("crow", "col")}
+    with pytest.raises(TopologyError, match=r"got only \['crow', 'col'\]"):
+        layer.load_state_dict(partial, strict=False)
+    assert all(map(torch.equal, before.values(), layer.state_dict().values()))
+
+
+def test_weight_view_makes_fused_inference_paths_step_aside():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    sparsify_(encoder, 0.5, distribution="uniform")
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        expected = encoder.train(mode=False)(x)
+    assert expected.shape == x.shape
+    with pytest.raises(DtypeError, match=r"use layer\.weight\.to_dense"):
+        torch.add(encoder.linear1.weight, 1)

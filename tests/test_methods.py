@@ -513,3 +513,81 @@ def test_bad_input_changes_nothing(call, error, text):
         call(model, optimizer)
     assert isinstance(info.value, SparseKernError)
     assert all(map(torch.equal, before.values(), snapshot(model).values()))
+
+
+# ---- loops that can't be followed, and changes after attaching
+
+
+def test_a_closure_is_refused_before_anything_changes():
+    model = net()
+    optimizer = sgd(model)
+    RigL(model, optimizer, t_end=10)
+    before = snapshot(model)
+    with pytest.raises(TrainingLoopError, match="got a closure"):
+        optimizer.step(lambda: 0.0)
+    assert all(map(torch.equal, before.values(), snapshot(model).values()))
+    with pytest.raises(OptimizerError, match="LBFGS"):
+        RigL(model, torch.optim.LBFGS(model.parameters()), t_end=10)
+
+
+def test_a_second_method_on_one_optimizer_is_refused_until_the_first_is_detached():
+    model = net()
+    optimizer = sgd(model)
+    first = RigL(model, optimizer, t_end=10)
+    with pytest.raises(ConfigError, match="attached already"):
+        SET(model, optimizer, t_end=10)
+    first.detach()
+    SET(model, optimizer, t_end=10)
+
+
+@pytest.mark.parametrize("method", [RigL, SET])
+def test_a_layer_frozen_later_keeps_its_topology(method):
+    model = net()
+    optimizer = sgd(model)
+    attached = method(model, optimizer, t_end=10, update_freq=1)
+    before = digests(model)
+    model[2].values.requires_grad_(False)
+    for i in range(4):
+        optimizer.zero_grad()
+        backward(model, batch(seed=i))
+        optimizer.step()
+    assert len(attached.history) >= 2
+    assert digests(model)[1] == before[1]
+    assert digests(model)[0] != before[0]
+
+
+def test_set_by_hand_does_not_lose_the_weight_step():
+    model, twin = net(), net()
+    optimizer, plain = sgd(model), sgd(twin)
+    method = SET(model, optimizer, t_end=10)
+    backward(model, batch())
+    backward(twin, batch())
+    assert not method.step()
+    optimizer.step()
+    plain.step()
+    assert len(method.history) == 1
+    assert torch.equal(model[0].dense_weight(), twin[0].dense_weight() * model[0].mask())
+
+
+def test_set_does_not_rewire_weights_that_are_not_finite(caplog):
+    model = net()
+    optimizer = sgd(model)
+    method = SET(model, optimizer, t_end=10)
+    before = digests(model)
+    x, target = batch()
+    backward(model, (x * torch.nan, target))
+    optimizer.step()
+    assert digests(model) == before
+    assert not method.history
+    assert "not finite" in caplog.text
+
+
+def test_double_backward_works_on_an_armed_batch():
+    model = net()
+    optimizer = sgd(model)
+    RigL(model, optimizer, t_end=10, grad_accumulation=2)
+    x = batch()[0].requires_grad_()
+    y = model(x).square().sum()
+    (gx,) = torch.autograd.grad(y, x, create_graph=True)
+    (y + gx.square().sum()).backward()
+    assert bool(model[0].values.grad.isfinite().all())

@@ -113,6 +113,24 @@ def test_init_keep_prunes_and_none_leaves_values():
     assert torch.equal(plain[0].dense_weight(), weight * plain[0].mask())
 
 
+def test_a_layer_under_two_names_stays_one():
+    model = nn.Module()
+    model.a = model.b = nn.Linear(8, 8)
+    sparsify_(model, 0.5)
+    assert isinstance(model.a, SparseLinear)
+    assert model.a is model.b
+    densify_(model)
+    assert type(model.a) is nn.Linear
+    assert model.a is model.b
+
+
+def test_exclude_covers_what_a_module_contains():
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))
+    sparsify_(model, 0.5, exclude=("head",), distribution="uniform")
+    assert set(sparse_layers(model)) == {"body"}
+
+
 def test_densify_turns_it_back():
     model = sparsify_(mlp(), 0.9, block=(4, 2))
     for layer in sparse_layers(model).values():

@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.errors import ConfigError, DtypeError, TrainingLoopError
 from sparsekern.methods import ranks
-from sparsekern.methods.carry import check_holds, state_tensors
+from sparsekern.methods.carry import check_followable, check_holds, state_tensors
 from sparsekern.methods.schedule import UpdateSchedule
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer
@@ -27,6 +29,7 @@ from sparsekern.swap import sparse_layers
 log = logging.getLogger(__name__)
 
 GROW_INITS = ("zeros", "init")
+_attached: WeakKeyDictionary[torch.optim.Optimizer, WeakSet[Method]] = WeakKeyDictionary()
 
 
 class LayerChange(NamedTuple):
@@ -69,7 +72,7 @@ class Method:
 
     Raises:
         ConfigError, DtypeError: an argument is out of its domain, or the model has no sparse layer.
-        OptimizerError: the optimizer does not hold a layer's `values`.
+        OptimizerError: the optimizer does not hold a layer's `values`, or is LBFGS.
     """
 
     default_step_on_update = False
@@ -112,6 +115,11 @@ class Method:
             )
         for name, layer in self.layers.items():
             check_holds(optimizer, name, layer.values)
+        check_followable(optimizer)
+        if any(method.attached for method in _attached.get(optimizer, ())):
+            raise ConfigError(
+                "the optimizer has a method attached already; detach() that one first"
+            )
         self.optimizer = optimizer
         self.step_on_update = (
             self.default_step_on_update if step_on_update is None else step_on_update
@@ -122,10 +130,11 @@ class Method:
         self.last_update: int | None = None
         self.history: list[UpdateRecord] = []
         self._took_step = False
-        self._hooks = [
+        self._hooks: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        _attached.setdefault(optimizer, WeakSet()).add(self)
         self._prepare()
 
     # ---- for subclasses
@@ -144,6 +153,15 @@ class Method:
     # ---- the training loop's side
 
     @property
+    def attached(self) -> bool:
+        """Whether the optimizer's steps still drive this method."""
+        return bool(self._hooks)
+
+    def trained_layers(self) -> dict[str, SparseLayer]:
+        """The layers that take part now: those whose values are not frozen."""
+        return {name: m for name, m in self.layers.items() if m.values.requires_grad}
+
+    @property
     def due(self) -> bool:
         """Whether the next optimizer step is an update step."""
         return self.schedule.is_due(self.weight_steps, self.last_update)
@@ -151,14 +169,13 @@ class Method:
     def step(self) -> bool:
         """Update the topology now if an update is due; returns whether it did.
 
-        The optimizer's hooks call this; calling it by hand after backward does no harm.
+        The optimizer's hooks call this; calling it by hand after backward does no harm. With
+        `step_on_update` the update belongs after the weight step, so only the hooks make it.
         """
-        if not (self.due and self.is_ready()):
+        if self.step_on_update or not self._update_if_due():
             return False
-        self._update()
-        if not self.step_on_update:
-            # the batch is spent: without gradients the optimizer takes no weight step either
-            self.optimizer.zero_grad(set_to_none=True)
+        # the batch is spent: without gradients the optimizer takes no weight step either
+        self.optimizer.zero_grad(set_to_none=True)
         return True
 
     def __call__(self) -> bool:
@@ -204,7 +221,14 @@ class Method:
 
     # ---- hooks
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if any(callable(a) for a in (*args, kwargs.get("closure"))):
+            raise TrainingLoopError(
+                "a topology update needs the gradients before optimizer.step(); got a closure: "
+                "call backward first"
+            )
         if not self.step_on_update:
             self.step()
         self._took_step = any(
@@ -215,7 +239,7 @@ class Method:
         if not self._took_step:
             return
         if self.step_on_update:
-            self.step()
+            self._update_if_due()
         self.weight_steps += 1
         self._prepare()
 
@@ -224,10 +248,23 @@ class Method:
 
     # ---- the update
 
-    def _update(self) -> None:
+    def _update_if_due(self) -> bool:
+        if not (self.due and self.is_ready()):
+            return False
+        layers = self.trained_layers()
+        broken = [n for n, m in layers.items() if not bool(m.values.isfinite().all())]
+        if broken:
+            log.warning(
+                "update at weight step %d not made: %s not finite", self.weight_steps, broken
+            )
+            return False
+        self._update(layers)
+        return True
+
+    def _update(self, layers: Mapping[str, SparseLayer]) -> None:
         fraction = self.schedule.fraction(self.weight_steps)
-        tensors = {n: self._moving_tensors(n, layer) for n, layer in self.layers.items()}
-        updates = {n: self._decide(n, layer, fraction) for n, layer in self.layers.items()}
+        tensors = {n: self._moving_tensors(n, layer) for n, layer in layers.items()}
+        updates = {n: self._decide(n, layer, fraction) for n, layer in layers.items()}
         changes = {}
         for name, (update, dropped) in updates.items():
             self.layers[name].rewire_(update.topology, update.source, tensors[name])
@@ -254,7 +291,8 @@ class Method:
             return
         layer, fresh = self.layers[name], update.source < 0
         blocks = layer.active_values().clone()
-        drawn = torch.rand(blocks.shape, generator=self.generator(name)).to(blocks) * 2 - 1
+        drawn = torch.rand(blocks.shape, generator=self.generator(name), device="cpu")
+        drawn = drawn.to(blocks) * 2 - 1
         drawn = zero_padding_(drawn * bounds(update.topology).to(blocks.dtype), update.topology)
         blocks[fresh] = drawn[fresh]
         layer.set_active_values(blocks)

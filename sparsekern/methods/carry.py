@@ -17,6 +17,14 @@ def check_holds(optimizer: torch.optim.Optimizer, name: str, values: nn.Paramete
         )
 
 
+def check_followable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `OptimizerError` for LBFGS, whose flat state belongs to no single parameter."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            "the optimizer's state must follow single parameters; LBFGS keeps flat state over all"
+        )
+
+
 def state_tensors(
     optimizer: torch.optim.Optimizer, name: str, values: nn.Parameter
 ) -> list[Tensor]:

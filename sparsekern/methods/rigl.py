@@ -46,22 +46,24 @@ class RigL(Method):
                 name: GradientObserver(layer, self.norm, self.grad_accumulation, reduce)
                 for name, layer in self.layers.items()
             }
+        trained = self.trained_layers()
         fraction = self.schedule.fraction(self.weight_steps)
         for name, observer in self.observers.items():
-            if due:
+            if due and name in trained:
                 observer.arm(drop_count(self.layers[name].topology.nnzb, fraction))
             else:
                 observer.disarm()
 
     def is_ready(self) -> bool:
         """Whether every layer's gradient was seen and is finite."""
-        for name, observer in self.observers.items():
+        observers = {name: self.observers[name] for name in self.trained_layers()}
+        for name, observer in observers.items():
             if observer.rounds > self.grad_accumulation:
                 raise TrainingLoopError(
                     f"layer {name!r} saw {observer.rounds} backward passes before a topology "
                     f"update; expected {self.grad_accumulation} (argument `grad_accumulation`)"
                 )
-        scores = {name: observer.scores() for name, observer in self.observers.items()}
+        scores = {name: observer.scores() for name, observer in observers.items()}
         missing = [name for name, s in scores.items() if s is None]
         broken = [name for name, s in scores.items() if s is not None and not s.is_finite()]
         if missing or broken:

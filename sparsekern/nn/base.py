@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import DtypeError
+from sparsekern.errors import DtypeError, ShapeError, TopologyError
 from sparsekern.nn.init import sparse_uniform_
 from sparsekern.ops.capture import capture
 from sparsekern.ops.dispatch import check_impl, resolve
@@ -40,6 +40,13 @@ class WeightView:
     def requires_grad(self) -> bool:
         """Whether the values are trained."""
         return self._layer.values.requires_grad
+
+    @classmethod
+    def __torch_function__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to act as a tensor; torch's fused inference paths then step aside."""
+        raise DtypeError(
+            f"{getattr(func, '__name__', func)} needs a dense tensor; use layer.weight.to_dense()"
+        )
 
     def to_dense(self) -> Tensor:
         """The dense weight (rows, cols), made anew and detached; zero where nothing is active."""
@@ -192,13 +199,27 @@ class SparseLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuse index arrays that are no topology: kernels trust them."""
-        arrays = [state_dict.get(prefix + name) for name in ARRAY_NAMES]
-        if all(isinstance(array, Tensor) for array in arrays):
-            Topology(self.matrix_shape, self.block, *cast(list[Tensor], arrays)).validate()
+        """Refuse what does not fit before anything is copied: kernels trust the index arrays."""
+        present = [name for name in (*ARRAY_NAMES, "values") if prefix + name in state_dict]
+        if present:
+            self._check_state(state_dict, prefix, present)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.dense_mask is not None:
             self.dense_mask.copy_(self.topology.to_mask())
+
+    def _check_state(self, state: dict[str, Any], prefix: str, present: list[str]) -> None:
+        if len(present) <= len(ARRAY_NAMES):
+            raise TopologyError(
+                f"state of {prefix!r} must hold values and all of {ARRAY_NAMES}; got only {present}"
+            )
+        arrays = [state[prefix + name] for name in ARRAY_NAMES]
+        incoming = Topology(self.matrix_shape, self.block, *arrays).validate()
+        shape = state[prefix + "values"].shape
+        if incoming.nnzb != self.topology.nnzb or shape != self.values.shape:
+            raise ShapeError(
+                f"state of {prefix!r} must have {self.topology.nnzb} active blocks and values of "
+                f"shape {tuple(self.values.shape)}; got {incoming.nnzb} and {tuple(shape)}"
+            )
 
     def _repr_facts(self) -> str:
         block = self.block[0] if self.block[0] == self.block[1] else self.block

@@ -44,9 +44,19 @@ def sparse_uniform_(
 ) -> Tensor:
     """Fill `values` (nnzb, bh, bw) from U(-b, b), b per neuron from `bounds`; padding gets 0."""
     with torch.no_grad():
-        values.uniform_(-1, 1, generator=generator)
+        draw_uniform_(values, generator)
         values.mul_(bounds(topology, gain).to(values.dtype))
         return zero_padding_(values, topology)
+
+
+def draw_uniform_(
+    tensor: Tensor, generator: torch.Generator | None = None, limit: float = 1.0
+) -> Tensor:
+    """Fill from U(-limit, limit), drawing on the generator's device: one serves all devices."""
+    if generator is None or generator.device == tensor.device:
+        return tensor.uniform_(-limit, limit, generator=generator)
+    drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
+    return tensor.copy_(drawn.uniform_(-limit, limit, generator=generator))
 
 
 def zero_padding_(values: Tensor, topology: Topology) -> Tensor:

@@ -11,6 +11,7 @@ from sparsekern import ops
 from sparsekern.blocks import Block
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
+from sparsekern.nn.init import draw_uniform_
 from sparsekern.nn.tickets import topology_of_largest, topology_of_mask
 from sparsekern.topology import Topology
 
@@ -76,7 +77,7 @@ class SparseLinear(SparseLayer):
         self.reset_values(generator)
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound, generator=generator)
+            draw_uniform_(self.bias.data, generator, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -144,7 +145,7 @@ class SparseLinear(SparseLayer):
             module.bias is not None,
             topology=topology,
             impl=impl,
-            generator=torch.Generator(module.weight.device).manual_seed(0),  # overwritten below
+            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten below
             device=module.weight.device,
             dtype=module.weight.dtype,
         )

@@ -75,3 +75,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
 
 
 capture.register_autograd(_backward, setup_context=_save)
+capture_backward.register_autograd(lambda _ctx, grad: (grad, None, None))

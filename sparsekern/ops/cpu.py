@@ -41,7 +41,6 @@ _forced: ContextVar[str | None] = ContextVar("sparsekern_cpu_backend", default=N
 
 
 @functools.cache
-@functools.cache
 def has_numba() -> bool:
     """Whether numba is installed and works with this numpy (it refuses a version it does not know).
 
