@@ -10,27 +10,39 @@ is cut into S > 1 parts, 8 * S * nnzb * BH * BW more.
 
 One program makes up to G neighbouring blocks of one block row. Block row r owns the programs from
 crow[r] // G + r on, at least as many as it needs; the bound nnzb // G + R on all of them is known
-without asking the device, and a program that finds nothing left in its row ends.
+without asking the device, and a program that finds nothing left in its row ends. Parts are summed
+in order by a second pass: no atomics.
+
+Two kernels: `_bsr_sddmm_kernel` gathers the columns of its blocks through pointers into one tile;
+`_bsr_sddmm_tma_kernel` loads a tile for each block through tensor descriptors, and keeps as many
+accumulators.
 """
 
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="assignment, var-annotated"
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import (
     arch_class,
-    bsr_sddmm_config,
     compute_kind,
     input_precision,
     is_interpreted,
     output_dtype,
     splits,
+    tma_fits,
 )
+from .tables import find
 
 __all__ = ["bsr_sddmm"]
+
+_TMA_EDGE = 64  # rows and columns of a block from which on descriptors and wgmma fit
 
 
 @triton.jit
@@ -69,6 +81,7 @@ def _bsr_sddmm_kernel(
     BW: tl.constexpr,
     BM: tl.constexpr,
     G: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -104,7 +117,104 @@ def _bsr_sddmm_kernel(
         acc = tl.where(k_in[:, None] & (n < N)[None, :], acc, 0.0)
         slot = tl.program_id(1).to(tl.int64) * part + t.to(tl.int64) * (BH * BW)
         dw = dw_ptr + (slot + j)[:, None] + (i * BW)[None, :]
+        if ADD:
+            acc += tl.load(dw, mask=(t < hi)[:, None], other=0.0).to(tl.float32)
         tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=(t < hi)[:, None])
+
+
+@triton.jit
+def _sum_blocks(
+    dy_desc,
+    x_desc,
+    col_ptr,
+    dw_ptr,
+    r,
+    lo,
+    hi,
+    first,
+    last,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BM: tl.constexpr,
+    G: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Up to G blocks of block row r from slot lo on, over tokens [first, last)."""
+    col = ()
+    accs = ()
+    for g in tl.static_range(G):
+        col = col + (tl.load(col_ptr + lo + g, mask=lo + g < hi, other=0),)  # noqa: RUF005
+        accs = accs + (tl.zeros([BH, BW], dtype=tl.float32),)  # noqa: RUF005
+    for m0 in range(first, last, BM):
+        dy = dy_desc.load([m0, r * BH])
+        if INTERPRET:  # the interpreter multiplies the bit patterns of bf16
+            dy = dy.to(tl.float32)
+        sums = ()
+        for g in tl.static_range(G):
+            x = x_desc.load([m0, col[g] * BW])
+            if INTERPRET:
+                x = x.to(tl.float32)
+            sums = sums + (tl.dot(dy.T, x, accs[g], input_precision=PRECISION),)  # noqa: RUF005
+        accs = sums
+    i = tl.arange(0, BH)[:, None]
+    j = tl.arange(0, BW)[None, :]
+    for g in tl.static_range(G):
+        if lo + g < hi:
+            dw = dw_ptr + (lo + g).to(tl.int64) * (BH * BW) + i * BW + j
+            acc = accs[g]
+            if ADD:
+                acc += tl.load(dw).to(tl.float32)
+            tl.store(dw, acc.to(dw_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _bsr_sddmm_tma_kernel(
+    dy_desc,  # (M, N) in tiles of (BM, BH)
+    x_desc,  # (M, K) in tiles of (BM, BW)
+    crow_ptr,  # (R + 1,) int32
+    col_ptr,  # (nnzb,) int32
+    dw_ptr,  # (S, nnzb, BH, BW), contiguous: one part for each tl.program_id(1)
+    M,
+    R,  # block rows
+    span,  # tokens of one part, a multiple of BM
+    part,  # nnzb * BH * BW
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BM: tl.constexpr,
+    G: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    r, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), R, G)
+    if lo < hi:
+        first = tl.program_id(1) * span
+        last = min(first + span, M)
+        dw_part = dw_ptr + tl.program_id(1).to(tl.int64) * part
+        FEW: tl.constexpr = max(G // 2, 1)
+        # the last group of a row is often half empty: then half the tiles need no loading
+        if hi - lo <= FEW:
+            _sum_blocks(
+                dy_desc, x_desc, col_ptr, dw_part, r, lo, hi, first, last,
+                BH, BW, BM, FEW, ADD, PRECISION, INTERPRET,
+            )  # fmt: skip
+        else:
+            _sum_blocks(
+                dy_desc, x_desc, col_ptr, dw_part, r, lo, hi, first, last,
+                BH, BW, BM, G, ADD, PRECISION, INTERPRET,
+            )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """How a product is cut: the grid, and the options of both kernels."""
+
+    programs: int
+    parts: int
+    span: int
+    tma: bool
+    options: dict[str, Any]
 
 
 def bsr_sddmm(
@@ -113,6 +223,8 @@ def bsr_sddmm(
     crow: torch.Tensor,
     col: torch.Tensor,
     block: tuple[int, int],
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`dw = (dyᵀ x)` at the active blocks.
 
@@ -122,43 +234,120 @@ def bsr_sddmm(
         crow: (block rows + 1,) int32.
         col: (nnzb,) int32 block columns.
         block: (BH, BW).
+        out: (nnzb, BH, BW), contiguous, any float dtype: dw is added to it in place, without a
+            tensor of its own unless the sum over tokens is cut into parts.
 
     Returns:
         (nnzb, BH, BW), contiguous, x's dtype; rows and columns outside (N, K) are exact zeros.
+        `out` if it is given.
     """
-    (M, N), K, nnzb, R = dy.shape, x.shape[1], col.numel(), crow.numel() - 1
-    bh, bw = block
-    arch = arch_class(x.device)
-    tile = bsr_sddmm_config(arch, compute_kind(x.dtype), block)
-    programs = nnzb // tile.G + R
-    parts = splits(arch, programs, triton.cdiv(M, tile.BM))
-    span = triton.cdiv(triton.cdiv(M, parts), tile.BM) * tile.BM
-    dtype = output_dtype(x.dtype, _bsr_sddmm_kernel) if parts == 1 else torch.float32
-    dw = x.new_empty(parts, nnzb, bh, bw, dtype=dtype)
-    if nnzb > 0:
+    plan = _plan(dy, x, crow, col, block)
+    # only a finished sum can be added to, and only where the kernel may store the dtype of `out`
+    added = (
+        out is not None
+        and plan.parts == 1
+        and out.dtype == output_dtype(out.dtype, _bsr_sddmm_kernel)
+    )
+    if out is not None and added:
+        dw = out[None]
+    else:
+        whole = out is None and plan.parts == 1
+        dtype = output_dtype(x.dtype, _bsr_sddmm_kernel) if whole else torch.float32
+        dw = x.new_empty(plan.parts, col.numel(), *block, dtype=dtype)
+    if dw.numel() > 0:
         with torch.cuda.device_of(x):
-            _bsr_sddmm_kernel[(programs, parts)](
-                dy,
-                x,
-                crow,
-                col,
-                dw,
-                M,
-                N,
-                K,
-                R,
-                span,
-                nnzb * bh * bw,
-                *dy.stride(),
-                *x.stride(),
-                BH=bh,
-                BW=bw,
-                BM=tile.BM,
-                G=tile.G,
-                PRECISION=input_precision(x.dtype),
-                INTERPRET=is_interpreted(_bsr_sddmm_kernel),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=True,
-            )
-    return (dw[0] if parts == 1 else dw.sum(0)).to(x.dtype)
+            (_launch_tma if plan.tma else _launch_pointer)(plan, dy, x, crow, col, dw, ADD=added)
+    if out is not None and added:
+        return out
+    total = dw[0] if plan.parts == 1 else dw.sum(0)
+    return total.to(x.dtype) if out is None else out.add_(total)
+
+
+def _plan(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    block: tuple[int, int],
+) -> _Plan:
+    (M, N), K, (bh, bw) = dy.shape, x.shape[1], block
+    arch = arch_class(x.device)
+    tile, tma = find(
+        arch,
+        "sddmm",
+        compute_kind(x.dtype),
+        max(block),
+        "any",
+        # beyond a ragged edge dw is zero by decree, which a descriptor's zeros times inf are not
+        tma=min(block) >= _TMA_EDGE and N % bh == K % bw == 0 and tma_fits(dy, x),
+    )
+    G = max(1, tile.LANES // bw)
+    programs = col.numel() // G + crow.numel() - 1
+    parts = splits(arch, programs, triton.cdiv(M, tile.BM))
+    options = {
+        "BH": bh,
+        "BW": bw,
+        "BM": tile.BM,
+        "G": G,
+        "PRECISION": input_precision(x.dtype),
+        "INTERPRET": is_interpreted(_bsr_sddmm_kernel),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+    span = triton.cdiv(triton.cdiv(M, parts), tile.BM) * tile.BM
+    return _Plan(programs, parts, span, tma, options)
+
+
+def _launch_pointer(
+    plan: _Plan,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    dw: torch.Tensor,
+    *,
+    ADD: bool,
+) -> None:
+    _bsr_sddmm_kernel[plan.programs, plan.parts](
+        dy,
+        x,
+        crow,
+        col,
+        dw,
+        *dy.shape,
+        x.shape[1],
+        crow.numel() - 1,
+        plan.span,
+        dw[0].numel(),
+        *dy.stride(),
+        *x.stride(),
+        ADD=ADD,
+        **plan.options,
+    )
+
+
+def _launch_tma(
+    plan: _Plan,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    dw: torch.Tensor,
+    *,
+    ADD: bool,
+) -> None:
+    BM, BH, BW = (plan.options[name] for name in ("BM", "BH", "BW"))
+    _bsr_sddmm_tma_kernel[plan.programs, plan.parts](
+        TensorDescriptor.from_tensor(dy, [BM, BH]),
+        TensorDescriptor.from_tensor(x, [BM, BW]),
+        crow,
+        col,
+        dw,
+        len(dy),
+        crow.numel() - 1,
+        plan.span,
+        dw[0].numel(),
+        ADD=ADD,
+        **plan.options,
+    )

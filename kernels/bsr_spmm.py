@@ -1,4 +1,4 @@
-"""Block-sparse times dense: `y = x wᵀ (+ bias)` and, with the same kernel, `dx = dy w`.
+"""Block-sparse times dense: `y = x wᵀ (+ bias)` and, with the same kernels, `dx = dy w`.
 
 Shapes: x (M, K), w (N, K) held as values (nnzb, BH, BW) at the active blocks, y (M, N). Called by
 `sparsekern.ops` for forward and for the input gradient.
@@ -9,27 +9,62 @@ s * M * N out; IN is the block's edge along the sum (BW forward, BH transposed).
 least: s * (M * K + M * N + nnzb * BH * BW).
 
 One program makes one tile of BM tokens times one block row, walking that row's active blocks in
-order, so the sum has one order and needs no atomics. Blocks narrower than BK are gathered several
-to an iteration; wider ones are cut into BK lanes.
+order, so the sum has one order and needs no atomics. Long rows go first, GROUP token tiles
+together, so that programs in flight share x and w in L2 and end at about the same time. The next
+iteration's index is loaded an iteration ahead: an index loaded where it is used would halve the
+depth of the pipeline.
+
+Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape and stride, blocks narrower than
+BK gathered several to an iteration; `_bsr_spmm_tma_kernel` loads and stores tiles through tensor
+descriptors and serves aligned operands on GPUs that have them.
 """
 
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import (
     arch_class,
-    bsr_spmm_config,
     compute_kind,
     input_precision,
     is_interpreted,
     output_dtype,
+    rows_class,
+    tma_fits,
 )
+from .tables import SpmmConfig, find
 
 __all__ = ["bsr_spmm", "bsr_spmm_t"]
+
+# a descriptor's box narrower than this wastes the cache lines that it touches
+_TMA_ROW_BYTES = 64
+
+
+@triton.jit
+def _tile_of_program(order_ptr, M, R, BM: tl.constexpr, GROUP: tl.constexpr):
+    """Block row and first token of this program: ranks slow, the tokens of a group fast."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * R) * GROUP
+    size = min(tl.cdiv(M, BM) - first, GROUP)
+    within = pid % (GROUP * R)
+    return tl.load(order_ptr + within // size), (first + within % size) * BM
+
+
+@triton.jit
+def _finish(acc, bias_ptr, n, N, sb, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
+    """Bias and activation on a (tokens, outputs) tile in fp32."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n * sb, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        # unlike a maximum, this keeps NaN
+        acc = tl.where(acc < 0, 0.0, acc)
+    return acc
 
 
 @triton.jit
@@ -39,6 +74,7 @@ def _bsr_spmm_kernel(
     start_ptr,  # (R + 1,) int32: crow, or ccol
     index_ptr,  # (nnzb,) int32: col, or row
     perm_ptr,  # (nnzb,) int32: slot in w; read only if TRANS
+    order_ptr,  # (R,) int32: block rows, longest first
     bias_ptr,  # (N,), stride sb; read only if HAS_BIAS
     y_ptr,  # (M, N), contiguous
     M,
@@ -52,15 +88,15 @@ def _bsr_spmm_kernel(
     OUT: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
     TRANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    # block rows change fastest: the programs in flight share few tiles of x, which stay in L2
-    pid = tl.program_id(0)
-    r = pid % R
-    m = (pid // R).to(tl.int64) * BM + tl.arange(0, BM)
+    r, m0 = _tile_of_program(order_ptr, M, R, BM, GROUP)
+    m = m0.to(tl.int64) + tl.arange(0, BM)
     o = tl.arange(0, OUT)
     n = r.to(tl.int64) * OUT + o
     lane = tl.arange(0, BK)
@@ -83,7 +119,6 @@ def _bsr_spmm_kernel(
         if not TRANS:
             w_in = tl.max_contiguous(tl.multiple_of(w_in, min(IN, BK)), min(IN, BK))
         w = tl.load(w_out + w_in[:, None], mask=keep[:, None], other=0.0)
-        # next iteration's indices now, so that its tiles never wait for them
         t = lo + (k + BK + lane) // IN
         c = tl.load(index_ptr + t, mask=t < hi, other=0)
         s = tl.load(perm_ptr + t, mask=t < hi, other=0) if TRANS else t
@@ -91,10 +126,72 @@ def _bsr_spmm_kernel(
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n * sb, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    acc = _finish(acc, bias_ptr, n, N, sb, HAS_BIAS, RELU)
     y = y_ptr + m[:, None] * N + n[None, :]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _bsr_spmm_tma_kernel(
+    x_desc,  # (M, K) in tiles of (BM, BK)
+    w_desc,  # (nnzb * BH, BW) in tiles of (OUT, BK), or (BK, OUT) if TRANS
+    start_ptr,  # (R + 1,) int32: crow, or ccol
+    index_ptr,  # (nnzb,) int32: col, or row
+    perm_ptr,  # (nnzb,) int32: slot in w; read only if TRANS
+    order_ptr,  # (R,) int32: block rows, longest first
+    bias_ptr,  # (N,), stride sb; read only if HAS_BIAS
+    y_desc,  # (M, N) in tiles of (BM, OUT)
+    M,
+    N,
+    R,  # block rows of the output
+    sb,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+    TRANS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    r, m0 = _tile_of_program(order_ptr, M, R, BM, GROUP)
+    lo = tl.load(start_ptr + r)
+    hi = tl.load(start_ptr + r + 1)
+    CUTS: tl.constexpr = IN // BK  # iterations that a block takes
+    acc = tl.zeros([OUT, BM] if SWAP else [BM, OUT], dtype=tl.float32)
+    c = tl.load(index_ptr + lo, mask=lo < hi, other=0)
+    s = tl.load(perm_ptr + lo, mask=lo < hi, other=0) if TRANS else lo
+    for i in range((hi - lo) * CUTS):
+        k = i % CUTS * BK
+        x = x_desc.load([m0, c * IN + k])
+        w = w_desc.load([s * IN + k, 0]) if TRANS else w_desc.load([s * OUT, k]).T
+        t = lo + (i + 1) // CUTS
+        c = tl.load(index_ptr + t, mask=t < hi, other=0)
+        s = tl.load(perm_ptr + t, mask=t < hi, other=0) if TRANS else t
+        if INTERPRET:  # the interpreter multiplies the bit patterns of bf16
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        if SWAP:
+            acc = tl.dot(w.T, x.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if SWAP:
+        acc = acc.T
+    n = r * OUT + tl.arange(0, OUT)
+    acc = _finish(acc, bias_ptr, n, N, sb, HAS_BIAS, RELU)
+    y_desc.store([m0, r * OUT], acc.to(y_desc.dtype))
+
+
+class _Side(NamedTuple):
+    """The index arrays of the direction in which a product walks the weight."""
+
+    start: torch.Tensor
+    inner: torch.Tensor
+    perm: torch.Tensor | None
+    order: torch.Tensor
 
 
 def bsr_spmm(
@@ -102,8 +199,11 @@ def bsr_spmm(
     values: torch.Tensor,
     crow: torch.Tensor,
     col: torch.Tensor,
+    order: torch.Tensor,
     bias: torch.Tensor | None,
     n_out: int,
+    *,
+    relu: bool = False,
 ) -> torch.Tensor:
     """`y = x wᵀ (+ bias)`.
 
@@ -112,13 +212,15 @@ def bsr_spmm(
         values: (nnzb, BH, BW), x's dtype, in CSR order.
         crow: (block rows + 1,) int32.
         col: (nnzb,) int32 block columns.
+        order: (block rows,) int32, the order in which block rows are started.
         bias: (n_out,) or None.
         n_out: N, the rows of w.
+        relu: return `max(y, 0)`.
 
     Returns:
         (M, N), contiguous, x's dtype.
     """
-    return _launch(x, values, crow, col, None, bias, n_out)
+    return _launch(x, values, _Side(crow, col, None, order), bias, n_out, relu)
 
 
 def bsr_spmm_t(
@@ -127,6 +229,7 @@ def bsr_spmm_t(
     ccol: torch.Tensor,
     row: torch.Tensor,
     perm: torch.Tensor,
+    order: torch.Tensor,
     n_out: int,
 ) -> torch.Tensor:
     """`dx = dy w`, the values read in place through `perm`.
@@ -137,56 +240,114 @@ def bsr_spmm_t(
         ccol: (block columns + 1,) int32.
         row: (nnzb,) int32 block rows, in CSC order.
         perm: (nnzb,) int32 slots in values, in CSC order.
+        order: (block columns,) int32, the order in which block columns are started.
         n_out: K, the columns of w.
 
     Returns:
         (M, K), contiguous, dy's dtype.
     """
-    return _launch(dy, values, ccol, row, perm, None, n_out)
+    return _launch(dy, values, _Side(ccol, row, perm, order), None, n_out, False)
 
 
 def _launch(
     x: torch.Tensor,
     values: torch.Tensor,
-    start: torch.Tensor,
-    index: torch.Tensor,
-    perm: torch.Tensor | None,
+    side: _Side,
     bias: torch.Tensor | None,
     n_out: int,
+    relu: bool,
 ) -> torch.Tensor:
-    (M, K), R = x.shape, start.numel() - 1
-    y = x.new_empty(M, n_out, dtype=output_dtype(x.dtype, _bsr_spmm_kernel))
+    (nnzb, bh, bw), R = values.shape, side.start.numel() - 1
+    y = x.new_empty(len(x), n_out, dtype=output_dtype(x.dtype, _bsr_spmm_kernel))
     if y.numel() == 0:
         return y.to(x.dtype)
-    bh, bw = values.shape[1:]
-    reduce, out = (bw, bh) if perm is None else (bh, bw)
-    tile = bsr_spmm_config(arch_class(x.device), compute_kind(x.dtype), out)
+    values = values.contiguous()
+    op, reduce, out = ("spmm", bw, bh) if side.perm is None else ("spmm_t", bh, bw)
+    tile, tma = find(
+        arch_class(x.device),
+        op,
+        compute_kind(x.dtype),
+        out,
+        rows_class(nnzb, R, reduce),
+        # a ragged last block would need its padding masked, which descriptors cannot do for w
+        tma=x.shape[1] % reduce == 0
+        and reduce * x.element_size() >= _TMA_ROW_BYTES
+        and tma_fits(x, values.view(-1, bw), y),
+    )
+    options = {
+        "IN": reduce,
+        "OUT": out,
+        "BM": tile.BM,
+        "GROUP": tile.GROUP,
+        "TRANS": side.perm is not None,
+        "HAS_BIAS": bias is not None,
+        "RELU": relu,
+        "PRECISION": input_precision(x.dtype),
+        "INTERPRET": is_interpreted(_bsr_spmm_kernel),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+    grid = (triton.cdiv(len(x), tile.BM) * R,)
     with torch.cuda.device_of(x):
-        _bsr_spmm_kernel[(triton.cdiv(M, tile.BM) * R,)](
-            x,
-            values.contiguous(),
-            start,
-            index,
-            index if perm is None else perm,
-            x if bias is None else bias,
-            y,
-            M,
-            K,
-            n_out,
-            R,
-            x.stride(0),
-            x.stride(1),
-            0 if bias is None else bias.stride(0),
-            IN=reduce,
-            OUT=out,
-            BM=tile.BM,
-            BK=tile.BK,
-            TRANS=perm is not None,
-            HAS_BIAS=bias is not None,
-            PRECISION=input_precision(x.dtype),
-            INTERPRET=is_interpreted(_bsr_spmm_kernel),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=True,
-        )
+        (_launch_tma if tma else _launch_pointer)(grid, x, values, side, bias, y, tile, options)
     return y.to(x.dtype)
+
+
+def _launch_pointer(
+    grid: tuple[int],
+    x: torch.Tensor,
+    values: torch.Tensor,
+    side: _Side,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tile: SpmmConfig,
+    options: dict[str, Any],
+) -> None:
+    _bsr_spmm_kernel[grid](
+        x,
+        values,
+        side.start,
+        side.inner,
+        side.inner if side.perm is None else side.perm,
+        side.order,
+        x if bias is None else bias,
+        y,
+        *x.shape,
+        y.shape[1],
+        side.start.numel() - 1,
+        *x.stride(),
+        0 if bias is None else bias.stride(0),
+        BK=tile.BK,
+        **options,
+    )
+
+
+def _launch_tma(
+    grid: tuple[int],
+    x: torch.Tensor,
+    values: torch.Tensor,
+    side: _Side,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tile: SpmmConfig,
+    options: dict[str, Any],
+) -> None:
+    out, BK = options["OUT"], min(tile.BK, options["IN"])
+    w = values.view(-1, values.shape[2])
+    _bsr_spmm_tma_kernel[grid](
+        TensorDescriptor.from_tensor(x, [tile.BM, BK]),
+        TensorDescriptor.from_tensor(w, [out, BK] if side.perm is None else [BK, out]),
+        side.start,
+        side.inner,
+        side.inner if side.perm is None else side.perm,
+        side.order,
+        x if bias is None else bias,
+        TensorDescriptor.from_tensor(y, [tile.BM, out]),
+        *y.shape,
+        side.start.numel() - 1,
+        0 if bias is None else bias.stride(0),
+        BK=BK,
+        SWAP=tile.SWAP,
+        **options,
+    )

@@ -23,12 +23,13 @@ import triton.language as tl
 from .bsr_sddmm import _group_of_program
 from .launch import (
     arch_class,
-    csr_sddmm_config,
+    compute_kind,
     output_dtype,
     splits,
     token_chunk,
     tokens_contiguous,
 )
+from .tables import find
 
 __all__ = ["csr_sddmm"]
 
@@ -90,7 +91,7 @@ def csr_sddmm(
     if nnz == 0 or M == 0:
         return x.new_zeros(nnz, 1, 1)
     arch = arch_class(x.device)
-    tile = csr_sddmm_config(arch)
+    tile, _ = find(arch, "csr_sddmm", compute_kind(x.dtype), "any", "any", tma=False)
     chunk = min(M, token_chunk(N + x.shape[1], tile.BM))
     programs = nnz // tile.BN + N
     parts = splits(arch, programs, triton.cdiv(chunk, tile.BM))

@@ -9,7 +9,9 @@ and indices (+ 4 through perm), s * M * N out. Bytes from HBM, at least: s * (M 
 when tokens are not side by side in memory, 2 * s * M * K more for the copy in which they are.
 
 Neighbouring lanes hold neighbouring tokens, so a gathered column of x is one run of memory. One
-program makes BM tokens times BN rows; each row is summed in order by itself, without atomics.
+program makes BM tokens times BN rows; each row is summed in order by itself, without atomics. The
+rows of a program are neighbours in length, not in place, as in Sputnik's row swizzle (Gale et al.
+2020, section 5): a program runs as long as its longest row.
 """
 
 # triton decorates without types
@@ -19,13 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import (
-    arch_class,
-    csr_spmm_config,
-    output_dtype,
-    token_chunk,
-    tokens_contiguous,
-)
+from .launch import arch_class, compute_kind, output_dtype, token_chunk, tokens_contiguous
+from .tables import find
 
 __all__ = ["csr_spmm", "csr_spmm_t"]
 
@@ -37,6 +34,7 @@ def _csr_spmm_kernel(
     start_ptr,  # (N + 1,) int32: crow, or ccol
     index_ptr,  # (nnz,) int32: col, or row
     perm_ptr,  # (nnz,) int32: slot in v; read only if TRANS
+    order_ptr,  # (N,) int32: rows, longest first
     bias_ptr,  # (N,), stride sb; read only if HAS_BIAS
     y_ptr,  # (M, N), contiguous
     M,
@@ -49,14 +47,17 @@ def _csr_spmm_kernel(
     UNROLL: tl.constexpr,
     TRANS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
 ):
     # rows change fastest: the programs in flight share few tokens, whose columns stay in L2
     pid = tl.program_id(0)
     tiles = tl.cdiv(N, BN)
-    n = (pid % tiles) * BN + tl.arange(0, BN)
+    rank = (pid % tiles) * BN + tl.arange(0, BN)
+    in_n = rank < N
+    n = tl.load(order_ptr + rank, mask=in_n, other=0)
     m = (pid // tiles).to(tl.int64) * BM + tl.arange(0, BM)
-    lo = tl.load(start_ptr + n, mask=n < N, other=0)
-    hi = tl.load(start_ptr + n + 1, mask=n < N, other=0)
+    lo = tl.load(start_ptr + n, mask=in_n, other=0)
+    hi = tl.load(start_ptr + n + 1, mask=in_n, other=0)
     x_row = x_ptr + m[None, :] * sxm
     acc = tl.zeros([BN, BM], dtype=tl.float32)
     for i in range(0, tl.max(hi - lo), UNROLL):
@@ -71,9 +72,12 @@ def _csr_spmm_kernel(
             ).to(tl.float32)
             acc += v[:, None] * x
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n * sb, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        b = tl.load(bias_ptr + n.to(tl.int64) * sb, mask=in_n, other=0.0)
+        acc += b.to(tl.float32)[:, None]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # unlike a maximum, this keeps NaN
     y = y_ptr + m[None, :] * N + n[:, None]
-    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & (m < M)[None, :])
 
 
 def csr_spmm(
@@ -81,8 +85,11 @@ def csr_spmm(
     values: torch.Tensor,
     crow: torch.Tensor,
     col: torch.Tensor,
+    order: torch.Tensor,
     bias: torch.Tensor | None,
     n_out: int,
+    *,
+    relu: bool = False,
 ) -> torch.Tensor:
     """`y = x wᵀ (+ bias)`.
 
@@ -91,13 +98,15 @@ def csr_spmm(
         values: (nnz, 1, 1), x's dtype, in CSR order.
         crow: (n_out + 1,) int32.
         col: (nnz,) int32.
+        order: (n_out,) int32, the order in which rows are taken.
         bias: (n_out,) or None.
         n_out: N, the rows of w.
+        relu: return `max(y, 0)`.
 
     Returns:
         (M, N), contiguous, x's dtype.
     """
-    return _launch(x, values, crow, col, None, bias, n_out)
+    return _launch(x, values, (crow, col, None, order), bias, n_out, relu)
 
 
 def csr_spmm_t(
@@ -106,6 +115,7 @@ def csr_spmm_t(
     ccol: torch.Tensor,
     row: torch.Tensor,
     perm: torch.Tensor,
+    order: torch.Tensor,
     n_out: int,
 ) -> torch.Tensor:
     """`dx = dy w`, the values read in place through `perm`.
@@ -116,28 +126,29 @@ def csr_spmm_t(
         ccol: (n_out + 1,) int32.
         row: (nnz,) int32, in CSC order.
         perm: (nnz,) int32 slots in values, in CSC order.
+        order: (n_out,) int32, the order in which columns are taken.
         n_out: K, the columns of w.
 
     Returns:
         (M, K), contiguous, dy's dtype.
     """
-    return _launch(dy, values, ccol, row, perm, None, n_out)
+    return _launch(dy, values, (ccol, row, perm, order), None, n_out, False)
 
 
 def _launch(
     x: torch.Tensor,
     values: torch.Tensor,
-    start: torch.Tensor,
-    index: torch.Tensor,
-    perm: torch.Tensor | None,
+    side: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
     bias: torch.Tensor | None,
     n_out: int,
+    relu: bool,
 ) -> torch.Tensor:
-    M, K = x.shape
+    (M, K), (start, index, perm, order) = x.shape, side
     y = x.new_empty(M, n_out, dtype=output_dtype(x.dtype, _csr_spmm_kernel))
     if y.numel() == 0:
         return y.to(x.dtype)
-    tile = csr_spmm_config(arch_class(x.device))
+    op, kind = "csr_spmm" if perm is None else "csr_spmm_t", compute_kind(x.dtype)
+    tile, _ = find(arch_class(x.device), op, kind, "any", "any", tma=False)
     chunk = token_chunk(K, tile.BM)
     values = values.contiguous()
     for m in range(0, M, chunk):
@@ -149,6 +160,7 @@ def _launch(
                 start,
                 index,
                 index if perm is None else perm,
+                order,
                 x if bias is None else bias,
                 ys,
                 len(ys),
@@ -160,6 +172,7 @@ def _launch(
                 UNROLL=tile.UNROLL,
                 TRANS=perm is not None,
                 HAS_BIAS=bias is not None,
+                RELU=relu,
                 num_warps=tile.num_warps,
                 enable_fp_fusion=True,
             )

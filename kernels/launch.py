@@ -1,35 +1,25 @@
-"""Frozen launch tables, and what every launcher needs to choose from them.
-
-A table is keyed by architecture class, operand kind and block, never by the number of tokens: a
-row of a product must not depend on how many rows were asked for with it. Nothing is tuned at
-import or at launch; an entry changes only when a measurement or the compile tests say so.
+"""What every launcher needs to know of the device, the operands and the grid.
 
 Operand kinds: "half" (fp16, bf16), "tf32" and "ieee" (fp32 with and without tensor cores).
 Architecture classes: "sm80" (all before Hopper, and consumer chips), "sm90", "sm100".
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 
 __all__ = [
     "BLOCK_EDGES",
-    "CsrConfig",
-    "SddmmConfig",
-    "SpmmConfig",
     "arch_class",
-    "bsr_sddmm_config",
-    "bsr_spmm_config",
     "compute_kind",
-    "csr_sddmm_config",
-    "csr_spmm_config",
     "input_precision",
     "is_interpreted",
     "output_dtype",
+    "rows_class",
     "splits",
     "supported",
+    "tma_fits",
     "token_chunk",
     "tokens_contiguous",
 ]
@@ -44,52 +34,8 @@ CHUNK_ELEMENTS = 1 << 24
 _FILL = {"sm80": 216, "sm90": 264, "sm100": 296}
 _MAX_SPLITS = 16
 
-
-class SpmmConfig(NamedTuple):
-    """Tile of a BSR product: BM tokens, BK reduction lanes an iteration."""
-
-    BM: int
-    BK: int
-    num_warps: int
-    num_stages: int
-
-
-class SddmmConfig(NamedTuple):
-    """Tile of a BSR sampled product: BM tokens an iteration, G blocks of one block row."""
-
-    BM: int
-    G: int
-    num_warps: int
-    num_stages: int
-
-
-class CsrConfig(NamedTuple):
-    """Tile of a CSR kernel: BM tokens, BN rows (spmm) or entries (sddmm), UNROLL entries a step."""
-
-    BM: int
-    BN: int
-    UNROLL: int
-    num_warps: int
-
-
-# (kind, edge of the output block) -> tile; narrower blocks are gathered to BK lanes, wider ones cut
-_BSR_SPMM: dict[tuple[str, int], SpmmConfig] = {
-    ("half", 16): SpmmConfig(128, 64, 4, 3),
-    ("half", 32): SpmmConfig(128, 64, 4, 3),
-    ("half", 64): SpmmConfig(128, 64, 4, 3),
-    ("half", 128): SpmmConfig(128, 64, 8, 3),
-    ("tf32", 16): SpmmConfig(128, 32, 4, 3),
-    ("tf32", 32): SpmmConfig(128, 32, 4, 3),
-    ("tf32", 64): SpmmConfig(128, 32, 4, 3),
-    ("tf32", 128): SpmmConfig(128, 32, 8, 3),
-    ("ieee", 16): SpmmConfig(64, 16, 4, 3),
-    ("ieee", 32): SpmmConfig(64, 16, 4, 3),
-    ("ieee", 64): SpmmConfig(64, 16, 4, 3),
-    ("ieee", 128): SpmmConfig(64, 16, 8, 3),
-}
-
-# kind -> tokens an iteration, gathered columns of x, accumulators that four warps hold unspilled
-_BSR_SDDMM = {"half": (64, 128, 8192), "tf32": (32, 128, 8192), "ieee": (16, 64, 4096)}
+# active lanes in a block row below which the start and the end of a program outweigh its loop
+_SHORT_ROW = 512
 
 
 def supported(block: tuple[int, int]) -> bool:
@@ -123,8 +69,17 @@ def input_precision(dtype: torch.dtype) -> str:
 
 
 def compute_kind(dtype: torch.dtype) -> str:
-    """Operand kind, the key of the launch tables."""
+    """Operand kind, part of the key of the launch tables."""
     return "half" if dtype.itemsize == 2 else input_precision(dtype)
+
+
+def rows_class(nnzb: int, block_rows: int, edge: int) -> str:
+    """Shape class of a product: "short" or "long" rows by their mean number of active lanes.
+
+    Never by the number of tokens: a row of a product must not depend on how many rows were asked
+    for with it.
+    """
+    return "short" if nnzb * edge < _SHORT_ROW * block_rows else "long"
 
 
 def output_dtype(dtype: torch.dtype, kernel: object) -> torch.dtype:
@@ -132,30 +87,17 @@ def output_dtype(dtype: torch.dtype, kernel: object) -> torch.dtype:
     return torch.float32 if is_interpreted(kernel) else dtype
 
 
-def bsr_spmm_config(arch: str, kind: str, out: int) -> SpmmConfig:
-    """Tile of `bsr_spmm` for blocks with an edge of `out` along the output."""
-    del arch  # one table fits all three classes: every entry stays under 99 KB of shared memory
-    return _BSR_SPMM[kind, out]
-
-
-def bsr_sddmm_config(arch: str, kind: str, block: tuple[int, int]) -> SddmmConfig:
-    """Tile of `bsr_sddmm` for a block."""
-    del arch
-    BM, lanes, held = _BSR_SDDMM[kind]
-    G = max(1, lanes // block[1])
-    return SddmmConfig(BM, G, num_warps=4 if block[0] * G * block[1] <= held else 8, num_stages=3)
-
-
-def csr_spmm_config(arch: str) -> CsrConfig:
-    """Tile of `csr_spmm`."""
-    del arch
-    return CsrConfig(BM=128, BN=16, UNROLL=4, num_warps=4)
-
-
-def csr_sddmm_config(arch: str) -> CsrConfig:
-    """Tile of `csr_sddmm`."""
-    del arch
-    return CsrConfig(BM=128, BN=32, UNROLL=1, num_warps=4)
+def tma_fits(*matrices: torch.Tensor) -> bool:
+    """Whether tensor descriptors can address 2-D tensors: rows of 16 bytes, dense columns."""
+    return all(
+        a.numel() > 0
+        and a.stride(1) == 1
+        and a.stride(0) >= a.shape[1]
+        and a.stride(0) * a.element_size() % 16 == 0
+        and a.data_ptr() % 16 == 0
+        and max(a.shape) < 2**31
+        for a in matrices
+    )
 
 
 def splits(arch: str, programs: int, steps: int) -> int:

@@ -19,7 +19,7 @@ from sparsekern.blocks import Block, Grid, active_count, check_sparsity, tiles_o
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 
 _INT32_MAX = 2**31 - 1
-ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm")
+ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm", "row_order", "col_order")
 
 
 class TopologyDiff(NamedTuple):
@@ -45,6 +45,9 @@ class Topology:
         ccol: (block_cols + 1,) int32, where each block column starts in `row` and `perm`.
         row: (nnzb,) int32, block row of each active block in column order.
         perm: (nnzb,) int32, position in CSR order of each active block in column order.
+        row_order: (block_rows,) int32, block rows from most to least active blocks; among equals
+            the lower first. Kernels start the longest rows first and so end together.
+        col_order: (block_cols,) int32, the same for block columns.
     """
 
     shape: tuple[int, int]
@@ -54,6 +57,8 @@ class Topology:
     ccol: Tensor
     row: Tensor
     perm: Tensor
+    row_order: Tensor
+    col_order: Tensor
 
     # ---- construction
 
@@ -88,14 +93,17 @@ class Topology:
         cols = (positions - rows.long() * grid.cols).to(torch.int32)
         # stable: within a column the blocks stay in row order, so sums have one fixed order
         perm = torch.argsort(cols, stable=True).to(torch.int32)
+        crow, ccol = _offsets(rows, grid.rows), _offsets(cols, grid.cols)
         return Topology(
             shape=grid.shape,
             block=grid.block,
-            crow=_offsets(rows, grid.rows),
+            crow=crow,
             col=cols,
-            ccol=_offsets(cols, grid.cols),
+            ccol=ccol,
             row=rows[perm.long()],
             perm=perm,
+            row_order=_longest_first(crow),
+            col_order=_longest_first(ccol),
         )
 
     @staticmethod
@@ -177,9 +185,9 @@ class Topology:
     # ---- facts
 
     @property
-    def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five index arrays, in the order of `ARRAY_NAMES`."""
-        return self.crow, self.col, self.ccol, self.row, self.perm
+    def arrays(self) -> tuple[Tensor, ...]:
+        """The index arrays, in the order of `ARRAY_NAMES`."""
+        return tuple(getattr(self, name) for name in ARRAY_NAMES)
 
     @property
     def device(self) -> torch.device:
@@ -225,8 +233,13 @@ class Topology:
         return self.nnz / (self.shape[0] * self.shape[1])
 
     @property
+    def block_density(self) -> float:
+        """Active share of the matrix's blocks; known from shapes, without asking the device."""
+        return self.nnzb / max(self.block_rows * self.block_cols, 1)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the index arrays: 4 (block_rows + block_cols + 2 + 3 nnzb)."""
+        """Bytes of the index arrays: 4 (2 block_rows + 2 block_cols + 2 + 3 nnzb)."""
         return sum(array.numel() * array.element_size() for array in self.arrays)
 
     def slot_rows(self) -> Tensor:
@@ -347,9 +360,9 @@ class Topology:
         _check_compressed(self.crow, self.col, grid.rows, grid.cols, ("crow", "col"))
         _check_compressed(self.ccol, self.row, grid.cols, grid.rows, ("ccol", "row"))
         rebuilt = Topology.from_positions(self.positions(), self.shape, self.block)
-        for name in ("ccol", "row", "perm"):
+        for name in ARRAY_NAMES[2:]:
             if not torch.equal(getattr(self, name), getattr(rebuilt, name)):
-                raise TopologyError(f"`{name}` does not describe the transpose of `crow`, `col`")
+                raise TopologyError(f"`{name}` does not follow from `crow` and `col`")
         return self
 
     def _check_dense(self, dense: Tensor) -> None:
@@ -369,6 +382,10 @@ def _offsets(indices: Tensor, n: int) -> Tensor:
     offsets = torch.zeros(n + 1, dtype=torch.int32, device=indices.device)
     offsets[1:] = torch.bincount(indices, minlength=n).cumsum(0)
     return offsets
+
+
+def _longest_first(offsets: Tensor) -> Tensor:
+    return torch.argsort(offsets.diff(), descending=True, stable=True).to(torch.int32)
 
 
 def _check_compressed(

@@ -31,7 +31,7 @@ def test_bytes_of_a_layer_equal_the_formula(sizes, block, optimizer, states):
     bh, bw = layer.block
     block_rows, block_cols = -(-sizes[1] // bh), -(-sizes[0] // bw)
     numbers = topology.nnzb * bh * bw
-    indices = block_rows + 1 + block_cols + 1 + 3 * topology.nnzb
+    indices = 2 * block_rows + 1 + 2 * block_cols + 1 + 3 * topology.nnzb
     assert held_bytes(layer, opt) == 4 * (numbers * (2 + states) + indices)
 
 

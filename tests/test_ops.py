@@ -16,7 +16,7 @@ from sparsekern.errors import (
     SparseKernError,
     UnavailableError,
 )
-from sparsekern.ops import dispatch, library
+from sparsekern.ops import crossover, dispatch, library
 from sparsekern.topology import Topology
 
 # (tokens, rows, cols, block, sparsity): 1, primes, block - 1, block + 1, full, nearly empty, empty
@@ -157,23 +157,80 @@ def test_opcheck(impl, block):
     values = torch.randn(topology.values_shape, requires_grad=True)
     x, dy = torch.randn(4, 33, requires_grad=True), torch.randn(4, 40, requires_grad=True)
     bias = torch.randn(40, requires_grad=True)
-    for op, operands in (
-        (library.spmm, (x, values, bias)),
-        (library.spmm, (x, values, None)),
+    for op, operands, *flags in (
+        (library.spmm, (x, values, bias), False),
+        (library.spmm, (x, values, None), True),
         (library.spmm_t, (dy, values)),
         (library.sddmm, (dy, x)),
+        (library.sddmm_add, (torch.zeros(topology.values_shape), dy.detach(), x.detach())),
         (library.spmm_backward, (dy, x, values)),
     ):
-        verdict = torch.library.opcheck(op, (*operands, *parts, impl))
+        verdict = torch.library.opcheck(op, (*operands, *parts, *flags, impl))
         assert set(verdict.values()) == {"SUCCESS"}
         assert len(verdict) == 4
 
 
-def test_opcheck_of_grow_scores():
-    topology = Topology.random((40, 33), 4, sparsity=0.5)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_of_grow_scores(impl):
+    topology = Topology.random((40, 33), 16 if impl == "triton" else 4, sparsity=0.5)
     operands = ([torch.randn(4, 40)], [torch.randn(4, 33)])
     for k in (0, 3, 10_000):
-        torch.library.opcheck(library.grow_scores, (*operands, *library.parts(topology), k, "l2"))
+        rest = *library.parts(topology), k, "l2", impl
+        torch.library.opcheck(library.grow_scores, (*operands, *rest))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("block", [1, 16])
+def test_relu_is_part_of_the_product(impl, block):
+    topology = Topology.random((40, 33), block, sparsity=0.5)
+    values, x, bias = integer_values(topology), integers(5, 33), integers(40)
+    inputs = [t.requires_grad_() for t in (x, values, bias)]
+    y = ops.spmm(x, values, topology, bias, activation="relu", impl=impl)
+    want = ops.spmm(x, values, topology, bias, impl="masked").relu()
+    assert torch.equal(y, want)
+    assert 0 < int((y == 0).sum()) < y.numel()
+    dy = integers(*y.shape)
+    got = torch.autograd.grad(y, inputs, dy)
+    assert all(map(torch.equal, got, torch.autograd.grad(want, inputs, dy)))
+
+
+def test_only_relu_can_be_fused():
+    topology = Topology.random((4, 4), sparsity=0.5)
+    with pytest.raises(ConfigError, match="`activation` must be None or 'relu'; got 'gelu'"):
+        ops.spmm(torch.zeros(1, 4), torch.zeros(8, 1, 1), topology, activation="gelu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("block", [1, 16])
+def test_sddmm_adds_to_out(impl, block):
+    topology = Topology.random((40, 33), block, sparsity=0.5)
+    dy, x, before = integers(5, 40), integers(5, 33), integer_values(topology)
+    out = before.clone()
+    assert ops.sddmm(dy, x, topology, out=out, impl=impl) is out
+    assert torch.equal(out, before + ops.sddmm(dy, x, topology, impl="masked"))
+
+
+def test_sddmm_refuses_an_out_that_does_not_fit():
+    topology = Topology.random((8, 8), sparsity=0.5)
+    dy, x = torch.zeros(2, 8), torch.zeros(2, 8)
+    with pytest.raises(ShapeError, match=r"`values` must have shape \(32, 1, 1\)"):
+        ops.sddmm(dy, x, topology, out=torch.zeros(31, 1, 1))
+    with pytest.raises(ShapeError, match="`out` must be contiguous"):
+        ops.sddmm(dy, x, topology, out=torch.zeros(64, 1, 1)[::2])
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")
+@pytest.mark.parametrize("norm", ops.NORMS)
+@pytest.mark.parametrize(("shape", "block"), [((70, 90), 16), ((64, 100), (32, 64))])
+def test_fused_grow_scores_are_the_streamed_ones(shape, block, norm):
+    topology = Topology.random(shape, block, sparsity=0.6)
+    dy, x = integers(9, shape[0]), integers(9, shape[1])
+    for k in (0, 2, 100):
+        fused = ops.grow_scores(dy, x, topology, k, norm=norm, impl="triton")
+        streamed = ops.grow_scores(dy, x, topology, k, norm=norm, impl="masked")
+        assert all(map(torch.equal, fused, streamed))
+    dy[3, 5] = torch.nan
+    assert not ops.grow_scores(dy, x, topology, 2, norm=norm, impl="triton").is_finite()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -283,6 +340,13 @@ def test_only_none_chooses():
     if dispatch.has_triton():
         assert ops.resolve(None, cuda, torch.float32, (16, 16)) == "triton"
         assert ops.resolve(None, cuda, torch.bfloat16, (1, 1)) == "triton"
+        for block in (1, 16, 32, 64, 128):
+            bound = crossover.DENSE_ABOVE["half"][block]
+            for density, name in ((bound, "triton"), (bound + 1e-3, "dense")):
+                found = ops.resolve(None, cuda, torch.float16, (block, block), density)
+                assert found == name
+        assert ops.resolve("triton", cuda, torch.float16, (16, 16), 1.0) == "triton"
+    assert ops.resolve(None, cpu, torch.float32, (16, 16), 1.0) == "cpu"
     assert ops.resolve(None, cuda, torch.float64, (16, 16)) == "dense"
     assert ops.resolve(None, cuda, torch.float32, (4, 4)) == "dense"
     with pytest.raises(DeviceError, match="impl='cpu' needs CPU tensors; got cuda"):

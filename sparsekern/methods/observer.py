@@ -98,7 +98,13 @@ class GradientObserver:
         dys, xs = zip(*self._pairs, strict=True)
         self._pairs.clear()
         self._scores = ops.grow_scores(
-            dys, xs, self.layer.topology, self.k, norm=self.norm, reduce=self.reduce
+            dys,
+            xs,
+            self.layer.topology,
+            self.k,
+            norm=self.norm,
+            reduce=self.reduce,
+            impl=self.layer.impl,
         )
 
     def _reset(self) -> None:

@@ -73,6 +73,8 @@ class SparseLayer(nn.Module):
     ccol: Tensor
     row: Tensor
     perm: Tensor
+    row_order: Tensor
+    col_order: Tensor
     dense_mask: Tensor | None
 
     def __init__(self, topology: Topology, impl: str | None, dtype: torch.dtype | None) -> None:
@@ -125,7 +127,8 @@ class SparseLayer(nn.Module):
         """The implementation that a forward pass would use now."""
         if self.impl == "masked":
             return "masked"
-        return resolve(self.impl, self.values.device, self.values.dtype, self.block)
+        like, density = self.values, self.topology.block_density
+        return resolve(self.impl, like.device, like.dtype, self.block, density)
 
     def mask(self) -> Tensor:
         """Dense bool mask (rows, cols) of the active weights."""

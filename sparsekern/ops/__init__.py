@@ -38,6 +38,7 @@ def spmm(
     topology: Topology,
     bias: Tensor | None = None,
     *,
+    activation: str | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Sparse linear map, y = x wᵀ + bias (SpMM).
@@ -47,6 +48,8 @@ def spmm(
         values: (nnzb, bh, bw), the active blocks of w in CSR order.
         topology: connections of w, shape (rows, cols).
         bias: (rows,), added in the same pass.
+        activation: None, or "relu" for max(y, 0) in the same pass; the backward pass reads its
+            derivative off the result. Other activations would need y itself kept.
         impl: see `resolve`.
 
     Returns:
@@ -62,8 +65,10 @@ def spmm(
         _check_operand("bias", bias, rows, values)
         if bias.dim() != 1:
             raise ShapeError(f"`bias` must have shape ({rows},); got {tuple(bias.shape)}")
-    impl = resolve(impl, values.device, values.dtype, topology.block)
-    y: Tensor = library.spmm(x.reshape(-1, cols), values, bias, *library.parts(topology), impl)
+    if activation not in (None, "relu"):
+        raise ConfigError(f"`activation` must be None or 'relu'; got {activation!r}")
+    rest = *library.parts(topology), activation == "relu", _implementation(impl, values, topology)
+    y: Tensor = library.spmm(x.reshape(-1, cols), values, bias, *rest)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -72,26 +77,40 @@ def spmm_t(dy: Tensor, values: Tensor, topology: Topology, *, impl: str | None =
     rows, cols = topology.shape
     _check_values(values, topology)
     _check_operand("dy", dy, rows, values)
-    impl = resolve(impl, values.device, values.dtype, topology.block)
+    impl = _implementation(impl, values, topology)
     dx: Tensor = library.spmm_t(dy.reshape(-1, rows), values, *library.parts(topology), impl)
     return dx.view(*dy.shape[:-1], cols)
 
 
-def sddmm(dy: Tensor, x: Tensor, topology: Topology, *, impl: str | None = None) -> Tensor:
+def sddmm(
+    dy: Tensor,
+    x: Tensor,
+    topology: Topology,
+    *,
+    out: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
     """Sampled dense-dense product, dw = dyᵀ x at active blocks only: (nnzb, bh, bw).
 
     The gradient of `spmm` for its values. `dy` is (..., rows), `x` (..., cols), with the same
-    leading sizes.
+    leading sizes. With `out`, a contiguous tensor of that shape and any float dtype such as
+    `layer.values.grad`, dw is added to it in place; that call is not differentiable.
     """
     rows, cols = topology.shape
     _check_operand("x", x, cols, x)
     _check_operand("dy", dy, rows, x)
     _check_tokens(dy, x)
     _check_device(topology, x)
-    impl = resolve(impl, x.device, x.dtype, topology.block)
     flat = dy.reshape(-1, rows), x.reshape(-1, cols)
-    dw: Tensor = library.sddmm(*flat, *library.parts(topology), impl)
-    return dw
+    rest = *library.parts(topology), _implementation(impl, x, topology)
+    if out is None:
+        dw: Tensor = library.sddmm(*flat, *rest)
+        return dw
+    _check_values(out, topology)
+    if not out.is_contiguous():
+        raise ShapeError(f"`out` must be contiguous; got strides {out.stride()}")
+    library.sddmm_add(out, *flat, *rest)
+    return out
 
 
 def grow_scores(
@@ -102,6 +121,7 @@ def grow_scores(
     *,
     norm: str = "l1",
     reduce: Callable[[Tensor], None] | None = None,
+    impl: str | None = None,
 ) -> GrowScores:
     """Score the dense gradient dyᵀ x without storing it (Evci et al. 2020, section 3).
 
@@ -112,6 +132,8 @@ def grow_scores(
         k: how many of the best inactive blocks to report.
         norm: "l1" (sum of magnitudes), "l2" (sum of squares) or "max" over a block.
         reduce: sums a slab of the gradient over ranks, in place.
+        impl: see `resolve`. "triton" takes block norms inside the product; all others, several
+            pairs, `reduce` and unstructured weights stream slabs of the gradient.
     """
     check_norm(norm)
     if k < 0:
@@ -127,7 +149,12 @@ def grow_scores(
     dys, xs = ([t.reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
     if reduce is not None:
         return stream_grow_scores(dys, xs, topology, k, norm, reduce)
-    return GrowScores(*library.grow_scores(dys, xs, *library.parts(topology), k, norm))
+    rest = *library.parts(topology), k, norm, _implementation(impl, xs[0], topology)
+    return GrowScores(*library.grow_scores(dys, xs, *rest))
+
+
+def _implementation(impl: str | None, like: Tensor, topology: Topology) -> str:
+    return resolve(impl, like.device, like.dtype, topology.block, topology.block_density)
 
 
 def _check_values(values: Tensor, topology: Topology) -> None:

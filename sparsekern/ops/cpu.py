@@ -85,7 +85,9 @@ def backend_for(t: Topology, dtype: torch.dtype) -> str:
     return "blas" if min(t.block) >= BLAS_EDGE else "csr"
 
 
-def spmm(x: Tensor, values: Tensor, t: Topology, bias: Tensor | None) -> Tensor:
+def spmm(
+    x: Tensor, values: Tensor, t: Topology, bias: Tensor | None, *, relu: bool = False
+) -> Tensor:
     """y = x wᵀ + bias.
 
     Args:
@@ -93,13 +95,15 @@ def spmm(x: Tensor, values: Tensor, t: Topology, bias: Tensor | None) -> Tensor:
         values: (nnzb, bh, bw) in CSR order of `t`.
         t: the topology of w.
         bias: (rows,) or None.
+        relu: return max(y, 0).
 
     Returns:
         (M, rows) of x's dtype.
     """
     run, kind = _plan(t, x)
     added = None if bias is None else bias.to(kind)
-    return run.spmm(x.to(kind), values.to(kind), t, added).to(x.dtype)
+    y = run.spmm(x.to(kind), values.to(kind), t, added).to(x.dtype)
+    return y.relu_() if relu else y
 
 
 def spmm_t(dy: Tensor, values: Tensor, t: Topology) -> Tensor:
@@ -108,10 +112,14 @@ def spmm_t(dy: Tensor, values: Tensor, t: Topology) -> Tensor:
     return run.spmm_t(dy.to(kind), values.to(kind), t).to(dy.dtype)
 
 
-def sddmm(dy: Tensor, x: Tensor, t: Topology) -> Tensor:
-    """dw = dyᵀ x at active blocks: (M, rows), (M, cols) -> (nnzb, bh, bw), exact 0 in padding."""
+def sddmm(dy: Tensor, x: Tensor, t: Topology, *, out: Tensor | None = None) -> Tensor:
+    """dw = dyᵀ x at active blocks: (M, rows), (M, cols) -> (nnzb, bh, bw), exact 0 in padding.
+
+    Added to `out` if it is given.
+    """
     run, kind = _plan(t, x)
-    return run.sddmm(dy.to(kind), x.to(kind), t).to(x.dtype)
+    dw = run.sddmm(dy.to(kind), x.to(kind), t)
+    return dw.to(x.dtype) if out is None else out.add_(dw)
 
 
 def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, UnavailableError
+from sparsekern.ops.crossover import dense_wins
 from sparsekern.topology import Topology
 
 BACKENDS = {
@@ -28,14 +29,24 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Backend(Protocol):
     """What a backend module offers; all inputs are 2-D, of any strides, and only read."""
 
-    def spmm(self, x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None) -> Tensor:
+    def spmm(
+        self,
+        x: Tensor,
+        values: Tensor,
+        topology: Topology,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+    ) -> Tensor:
         """(M, cols) -> (M, rows)."""
 
     def spmm_t(self, dy: Tensor, values: Tensor, topology: Topology) -> Tensor:
         """(M, rows) -> (M, cols)."""
 
-    def sddmm(self, dy: Tensor, x: Tensor, topology: Topology) -> Tensor:
-        """(M, rows), (M, cols) -> (nnzb, bh, bw)."""
+    def sddmm(
+        self, dy: Tensor, x: Tensor, topology: Topology, *, out: Tensor | None = None
+    ) -> Tensor:
+        """(M, rows), (M, cols) -> (nnzb, bh, bw), added to `out` if it is given."""
 
     def backward(
         self, dy: Tensor, x: Tensor, values: Tensor, topology: Topology
@@ -56,12 +67,24 @@ def check_impl(impl: str | None) -> None:
 
 
 def resolve(
-    impl: str | None, device: torch.device, dtype: torch.dtype, block: tuple[int, int]
+    impl: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    density: float = 0.0,
 ) -> str:
     """Name the implementation that will run.
 
     Only `impl=None` chooses: `cpu` on CPU tensors; `triton` on CUDA tensors whose dtype and block
-    its kernels cover; `dense` elsewhere. A name is taken as an order.
+    its kernels cover, up to the density in `crossover.DENSE_ABOVE`; `dense` elsewhere. A name is
+    taken as an order.
+
+    Args:
+        impl: None or a name in `BACKENDS`.
+        device: where the operands are.
+        dtype: of the operands.
+        block: of the weight.
+        density: share of active blocks.
 
     Raises:
         ConfigError: `impl` is unknown.
@@ -72,7 +95,7 @@ def resolve(
         if device.type == "cpu":
             return "cpu"
         covered = device.type == "cuda" and dtype in _TRITON_DTYPES and _triton_covers(block)
-        return "triton" if covered else "dense"
+        return "triton" if covered and not dense_wins(dtype, block, density) else "dense"
     if impl == "cpu" and device.type != "cpu":
         raise DeviceError(f"impl='cpu' needs CPU tensors; got {device}")
     if impl == "triton":

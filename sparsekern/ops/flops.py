@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsekern.ops import library  # noqa: F401  defines the operators counted here
-from sparsekern.topology import Topology
+from sparsekern.topology import ARRAY_NAMES, Topology
 
 
 def product_flops(tokens: int, topology: Topology, impl: str = "cpu") -> int:
@@ -38,12 +38,18 @@ _ops = torch.ops.sparsekern
 
 @register_flop_formula(_ops.spmm)
 def _(x: Any, values: Any, bias: Any, *rest: Any, **_: Any) -> int:
-    *_arrays, layout, impl = rest
+    *_arrays, layout, _relu, impl = rest
     return _product(x[0], values[0], layout, impl)
 
 
 @register_flop_formula([_ops.spmm_t, _ops.sddmm])
 def _(dy: Any, _other: Any, *rest: Any, **_: Any) -> int:
+    _crow, col, *_arrays, layout, impl = rest
+    return _product(dy[0], col[0], layout, impl)
+
+
+@register_flop_formula(_ops.sddmm_add)
+def _(_out: Any, dy: Any, _x: Any, *rest: Any, **_: Any) -> int:
     _crow, col, *_arrays, layout, impl = rest
     return _product(dy[0], col[0], layout, impl)
 
@@ -56,5 +62,5 @@ def _(dy: Any, x: Any, values: Any, *rest: Any, **_: Any) -> int:
 
 @register_flop_formula(_ops.grow_scores)
 def _(dys: Any, xs: Any, *rest: Any, **_: Any) -> int:
-    rows, cols, _bh, _bw = rest[5]
+    rows, cols, _bh, _bw = rest[len(ARRAY_NAMES)]
     return sum(2 * int(dy[0]) for dy in dys) * int(rows) * int(cols)

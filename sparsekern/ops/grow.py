@@ -64,6 +64,38 @@ def slab_block_rows(topology: Topology) -> int:
     return max(1, min(SLAB_ELEMENTS // width, topology.block_rows // 8))
 
 
+def grow_scores_of(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    topology: Topology,
+    k: int,
+    norm: str,
+    impl: str,
+) -> GrowScores:
+    """Score the signed sum of dyᵀ x over all pairs, by a fused kernel where there is one.
+
+    The kernel takes the norm as soon as a tile is summed, so it serves one pair, in blocks; several
+    pairs and unstructured weights are streamed.
+    """
+    if impl == "triton" and len(dys) == 1 and topology.block != (1, 1):
+        from sparsekern.kernels.bsr_grow import bsr_grow  # noqa: PLC0415  triton is optional
+
+        return _pick(bsr_grow(dys[0], xs[0], topology.block, norm).flatten(), topology, k)
+    return stream_grow_scores(dys, xs, topology, k, norm)
+
+
+def _pick(scores: Tensor, topology: Topology, k: int) -> GrowScores:
+    """Split flat scores of all blocks, which are used up: active ones, and the k best others."""
+    at = topology.positions()
+    active = scores[at]
+    # NaN must stay visible in `active`; elsewhere it is caught by counting it as +inf
+    scores = scores.nan_to_num_(nan=torch.inf)
+    scores[at] = -torch.inf
+    best = StreamedTopK(k, active)
+    best.push(scores, 0)
+    return GrowScores(active, *best.result())
+
+
 def stream_grow_scores(
     dys: Sequence[Tensor],
     xs: Sequence[Tensor],

@@ -1,6 +1,6 @@
 """The `torch.library` operators of the namespace `sparsekern::`.
 
-A topology crosses the operator boundary as its five index arrays and four sizes, because schemas
+A topology crosses the operator boundary as its index arrays and four sizes, because schemas
 know tensors and ints only; everything else in the library passes a `Topology`. The three products
 are closed under differentiation: each gradient is again one of them.
 
@@ -17,18 +17,17 @@ import torch
 from torch import Tensor
 
 from sparsekern.ops.dispatch import backend
-from sparsekern.ops.grow import stream_grow_scores
+from sparsekern.ops.grow import grow_scores_of
 from sparsekern.topology import ARRAY_NAMES, Topology
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[int]]
-_TOPOLOGY = "Tensor crow, Tensor col, Tensor ccol, Tensor row, Tensor perm, int[] layout"
+_TOPOLOGY = ", ".join(f"Tensor {name}" for name in ARRAY_NAMES) + ", int[] layout"
 _COL, _LAYOUT = 1, len(ARRAY_NAMES)  # places among the trailing arguments
 _NO_GRADS = [None] * (len(ARRAY_NAMES) + 2)
 _make_library: Any = torch.library.Library  # untyped in torch
 _LIBRARY = _make_library("sparsekern", "DEF")
 
 
-def parts(topology: Topology) -> Parts:
+def parts(topology: Topology) -> tuple[Any, ...]:
     """A topology as operator arguments: index arrays, and (rows, cols, bh, bw)."""
     return *topology.arrays, [*topology.shape, *topology.block]
 
@@ -51,8 +50,8 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 
 
 def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    *parts, impl = rest
-    return backend(impl).spmm(x, values, _topology(*parts), bias)
+    *parts, relu, impl = rest
+    return backend(impl).spmm(x, values, _topology(*parts), bias, relu=relu)
 
 
 def _spmm_t(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
@@ -65,6 +64,11 @@ def _sddmm(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return backend(impl).sddmm(dy, x, _topology(*parts))
 
 
+def _sddmm_add(out: Tensor, dy: Tensor, x: Tensor, *rest: Any) -> None:
+    *parts, impl = rest
+    backend(impl).sddmm(dy, x, _topology(*parts), out=out)
+
+
 def _spmm_backward(dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *parts, impl = rest
     return backend(impl).backward(dy, x, values, _topology(*parts))
@@ -73,8 +77,8 @@ def _spmm_backward(dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[T
 def _grow_scores(
     dys: Sequence[Tensor], xs: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *parts, k, norm = rest
-    scores = stream_grow_scores(dys, xs, _topology(*parts), k, norm)
+    *parts, k, norm, impl = rest
+    scores = grow_scores_of(dys, xs, _topology(*parts), k, norm, impl)
     return scores.active, scores.positions, scores.scores
 
 
@@ -93,12 +97,16 @@ def _fake_sddmm(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(rest[_COL].shape[0], *rest[_LAYOUT][2:])
 
 
+def _fake_sddmm_add(out: Tensor, dy: Tensor, x: Tensor, *rest: Any) -> None:
+    return None
+
+
 def _fake_spmm_backward(dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), values.new_empty(values.shape)
 
 
 def _fake_grow_scores(dys: Any, xs: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    crow, col, ccol, _row, _perm, _layout, k, _norm = rest
+    crow, col, ccol, *_others, k, _norm, _impl = rest
     dtype = torch.float64 if xs[0].dtype is torch.float64 else torch.float32
     inactive = (crow.shape[0] - 1) * (ccol.shape[0] - 1) - col.shape[0]
     best = xs[0].new_empty(min(k, inactive), dtype=dtype)
@@ -106,7 +114,7 @@ def _fake_grow_scores(dys: Any, xs: Any, *rest: Any) -> tuple[Tensor, Tensor, Te
 
 
 spmm = _define(
-    f"spmm(Tensor x, Tensor values, Tensor? bias, {_TOPOLOGY}, str impl) -> Tensor",
+    f"spmm(Tensor x, Tensor values, Tensor? bias, {_TOPOLOGY}, bool relu, str impl) -> Tensor",
     _spmm,
     _fake_spmm,
 )
@@ -114,13 +122,18 @@ spmm_t = _define(
     f"spmm_t(Tensor dy, Tensor values, {_TOPOLOGY}, str impl) -> Tensor", _spmm_t, _fake_spmm_t
 )
 sddmm = _define(f"sddmm(Tensor dy, Tensor x, {_TOPOLOGY}, str impl) -> Tensor", _sddmm, _fake_sddmm)
+sddmm_add = _define(
+    f"sddmm_add(Tensor(a!) out, Tensor dy, Tensor x, {_TOPOLOGY}, str impl) -> ()",
+    _sddmm_add,
+    _fake_sddmm_add,
+)
 spmm_backward = _define(
     f"spmm_backward(Tensor dy, Tensor x, Tensor values, {_TOPOLOGY}, str impl) -> (Tensor, Tensor)",
     _spmm_backward,
     _fake_spmm_backward,
 )
 grow_scores = _define(
-    f"grow_scores(Tensor[] dys, Tensor[] xs, {_TOPOLOGY}, int k, str norm)"
+    f"grow_scores(Tensor[] dys, Tensor[] xs, {_TOPOLOGY}, int k, str norm, str impl)"
     " -> (Tensor, Tensor, Tensor)",
     _grow_scores,
     _fake_grow_scores,
@@ -142,6 +155,11 @@ def _restore(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
     return saved[:n], (*saved[n:], ctx.layout, ctx.impl)
 
 
+def _plain_spmm(x: Tensor, values: Tensor, rest: tuple[Any, ...]) -> Any:
+    *parts, impl = rest
+    return spmm(x, values, None, *parts, False, impl)
+
+
 def _below_autograd(op: Any, *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -150,12 +168,16 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 class _Spmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        _keep(ctx, x, values, *rest)
-        return _below_autograd(spmm, x, values, bias, *rest)
+        *parts, relu, impl = rest
+        y = _below_autograd(spmm, x, values, bias, *rest)
+        _keep(ctx, x, values, *((y,) if relu else ()), *parts, impl)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (x, values), rest = _restore(ctx)
+        (x, values, *clamped), rest = _restore(ctx)
+        if clamped:  # the derivative of max(y, 0) can be read off its result
+            dy = dy * (clamped[0] > 0)
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = None
         if needs_x and needs_values:
@@ -164,7 +186,7 @@ class _Spmm(torch.autograd.Function):
             dx = spmm_t(dy, values, *rest)
         elif needs_values:
             dw = sddmm(dy, x, *rest)
-        return dx, dw, dy.sum(0) if needs_bias else None, *_NO_GRADS
+        return dx, dw, dy.sum(0) if needs_bias else None, *_NO_GRADS, None
 
 
 class _SpmmT(torch.autograd.Function):
@@ -177,7 +199,7 @@ class _SpmmT(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (dy, values), rest = _restore(ctx)
         needs_dy, needs_values = ctx.needs_input_grad[:2]
-        d_dy = spmm(g, values, None, *rest) if needs_dy else None
+        d_dy = _plain_spmm(g, values, rest) if needs_dy else None
         d_values = sddmm(dy, g, *rest) if needs_values else None
         return d_dy, d_values, *_NO_GRADS
 
@@ -192,7 +214,7 @@ class _Sddmm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (dy, x), rest = _restore(ctx)
         needs_dy, needs_x = ctx.needs_input_grad[:2]
-        d_dy = spmm(x, g, None, *rest) if needs_dy else None
+        d_dy = _plain_spmm(x, g, rest) if needs_dy else None
         d_x = spmm_t(dy, g, *rest) if needs_x else None
         return d_dy, d_x, *_NO_GRADS
 
@@ -206,7 +228,7 @@ class _SpmmBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gx: Tensor, gw: Tensor) -> tuple[Any, ...]:
         (dy, x, values), rest = _restore(ctx)
-        d_dy = spmm(gx, values, None, *rest) + spmm(x, gw, None, *rest)
+        d_dy = _plain_spmm(gx, values, rest) + _plain_spmm(x, gw, rest)
         return d_dy, spmm_t(dy, gw, *rest), sddmm(dy, gx, *rest), *_NO_GRADS
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 from sparsekern.topology import Topology
 
 
-def spmm(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None) -> Tensor:
-    """y = x wᵀ + bias: (M, cols) -> (M, rows)."""
+def spmm(
+    x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, *, relu: bool = False
+) -> Tensor:
+    """y = x wᵀ + bias, or max(y, 0): (M, cols) -> (M, rows)."""
     y = x @ topology.unpack(values).t()
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return y.relu() if relu else y
 
 
 def spmm_t(dy: Tensor, values: Tensor, topology: Topology) -> Tensor:
@@ -22,9 +25,10 @@ def spmm_t(dy: Tensor, values: Tensor, topology: Topology) -> Tensor:
     return dy @ topology.unpack(values)
 
 
-def sddmm(dy: Tensor, x: Tensor, topology: Topology) -> Tensor:
-    """dw = dyᵀ x at active blocks: (nnzb, bh, bw)."""
-    return topology.pack(dy.t() @ x)
+def sddmm(dy: Tensor, x: Tensor, topology: Topology, *, out: Tensor | None = None) -> Tensor:
+    """dw = dyᵀ x at active blocks: (nnzb, bh, bw); added to `out` if it is given."""
+    dw = topology.pack(dy.t() @ x)
+    return dw if out is None else out.add_(dw)
 
 
 def backward(dy: Tensor, x: Tensor, values: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,24 @@ class Pattern:
     ccol: torch.Tensor
     row: torch.Tensor
     perm: torch.Tensor
+    row_order: torch.Tensor
+    col_order: torch.Tensor
+
+    def keep_rows(self, rows):
+        """The same with only some block rows active."""
+        mask = torch.zeros_like(self.mask)
+        mask[rows] = self.mask[rows]
+        return from_block_mask(self.rows, self.cols, self.block, mask)
+
+    @property
+    def forward(self):
+        """Index arrays of `*_spmm`."""
+        return self.crow, self.col, self.row_order
+
+    @property
+    def transposed(self):
+        """Index arrays of `*_spmm_t`."""
+        return self.ccol, self.row, self.perm, self.col_order
 
     def dense(self, values):
         """(rows, cols) float64 matrix of block values, padding cut off."""
@@ -59,6 +77,12 @@ class Pattern:
 
 def pattern(rows, cols, block, kind, seed=0):
     """Topology of a named kind: full, empty, random (about a third), holes, diagonal."""
+    mask = mask_of(rows, cols, block, kind, seed)
+    return from_block_mask(rows, cols, block, mask)
+
+
+def mask_of(rows, cols, block, kind, seed):
+    """Which blocks are active, (block rows, block columns) bool."""
     br, bc = -(-rows // block[0]), -(-cols // block[1])
     g = torch.Generator().manual_seed(seed)
     mask = {
@@ -73,11 +97,19 @@ def pattern(rows, cols, block, kind, seed=0):
         for axis in (mask, mask.t()):
             axis[::3] = False
             axis[-1:] = False
+    return mask
+
+
+def from_block_mask(rows, cols, block, mask):
+    """Topology of the active blocks."""
+    br = len(mask)
     r, c = mask.nonzero(as_tuple=True)
     order = torch.argsort(c * br + r)
     counts = (mask.sum(1), mask.sum(0))
     crow, ccol = (torch.nn.functional.pad(n.cumsum(0), (1, 0)) for n in counts)
-    arrays = (a.to(torch.int32).to(DEVICE) for a in (crow, c, ccol, r[order], order))
+    longest = [torch.argsort(n, descending=True, stable=True) for n in counts]
+    indices = (crow, c, ccol, r[order], order, *longest)
+    arrays = (a.to(torch.int32).to(DEVICE) for a in indices)
     return Pattern(rows, cols, block, mask, *arrays)
 
 
@@ -90,6 +122,8 @@ def laid_out(a, layout):
         store, view = (k + 5, m + 3), lambda s: s[2 : k + 2, 1 : m + 1].t()
     elif layout == "strided":
         store, view = (2 * m + 2, 3 * k + 3), lambda s: s[1 : 2 * m + 1 : 2, 1 : 3 * k + 1 : 3]
+    elif layout == "aligned":  # rows that start every 64 bytes, as tensor descriptors want
+        store, view = (m + 3, -(-k // 16) * 16 + 32), lambda s: s[1 : m + 1, 16 : k + 16]
     else:
         raise ValueError(layout)
     out = view(torch.full(store, float("nan"), dtype=a.dtype, device=DEVICE))

@@ -20,6 +20,7 @@ from kernel_cases import (
 from sparsekern.kernels import bsr_sddmm as module
 from sparsekern.kernels import launch
 from sparsekern.kernels.bsr_sddmm import bsr_sddmm
+from sparsekern.kernels.tables import find
 
 
 def setup_case(case, dtype, exact=True):
@@ -61,7 +62,7 @@ def test_floats_within_bound(block, dtype):
 @pytest.mark.parametrize("ragged", [0, 1, 5])
 def test_tokens_summed_in_parts(dtype, ragged):
     dtype = DTYPES[dtype]
-    tile = launch.bsr_sddmm_config("sm90", launch.compute_kind(dtype), (64, 64))
+    tile, _ = find("sm90", "sddmm", launch.compute_kind(dtype), 64, "any", tma=False)
     assert launch.splits("sm90", 3, 17) > 1
     tokens = 17 * tile.BM - ragged
     case = Case((64, 64), tokens, 70, 90, "random", "col")
@@ -73,20 +74,10 @@ def test_tokens_summed_in_parts(dtype, ragged):
 @pytest.mark.parametrize("per_row", [1, 7, 8, 9, 17])
 def test_groups_of_a_row(per_row):
     # rows of any length against groups of 4 or 8 blocks, empty rows between
-    p = pattern(16 * 5, 16 * per_row, (16, 16), "full")
-    p.mask[1::2] = False
-    p = pattern_of(p.mask, p)
+    p = pattern(16 * 5, 16 * per_row, (16, 16), "full").keep_rows(slice(0, None, 2))
     for dtype in (torch.float32, torch.float16):
         dy, x = numbers((3, p.rows), dtype, 1), numbers((3, p.cols), dtype, 2)
         assert_exact(bsr_sddmm(dy, x, p.crow, p.col, p.block), sddmm_oracle(dy, x, p), dtype)
-
-
-def pattern_of(mask, like):
-    crow = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(like.crow)
-    col = mask.nonzero()[:, 1].to(like.col)
-    return type(like)(
-        like.rows, like.cols, like.block, mask, crow, col, like.ccol, like.row, like.perm
-    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of inf times zero

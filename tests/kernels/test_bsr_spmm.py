@@ -34,7 +34,7 @@ def setup_case(case, dtype, exact=True, padding=0.0):
 def test_forward_exact(case, dtype):
     dtype = DTYPES[dtype]
     p, values, w, x, _, bias = setup_case(case, dtype)
-    y = bsr_spmm(x, values, p.crow, p.col, bias, case.N)
+    y = bsr_spmm(x, values, *p.forward, bias, case.N)
     assert_exact(y, spmm_oracle(x, w, bias), dtype)
 
 
@@ -42,7 +42,7 @@ def test_forward_exact(case, dtype):
 def test_transposed_exact(case, dtype):
     dtype = DTYPES[dtype]
     p, values, w, _, dy, _ = setup_case(case, dtype)
-    dx = bsr_spmm_t(dy, values, p.ccol, p.row, p.perm, case.K)
+    dx = bsr_spmm_t(dy, values, *p.transposed, case.K)
     assert_exact(dx, spmm_oracle(dy, w.t()), dtype)
 
 
@@ -54,9 +54,9 @@ def test_floats_within_bound(block, dtype):
         block=block, M=19, N=2 * block[0] + 3, K=3 * block[1] + 5, kind="random"
     )
     p, values, w, x, dy, bias = setup_case(case, dtype, exact=False)
-    y = bsr_spmm(x, values, p.crow, p.col, bias, case.N)
+    y = bsr_spmm(x, values, *p.forward, bias, case.N)
     assert_within_bound(y, spmm_oracle(x, w, bias), dtype)
-    dx = bsr_spmm_t(dy, values, p.ccol, p.row, p.perm, case.K)
+    dx = bsr_spmm_t(dy, values, *p.transposed, case.K)
     assert_within_bound(dx, spmm_oracle(dy, w.t()), dtype)
 
 
@@ -68,18 +68,18 @@ def test_padding_of_values_is_never_used(block):
     p, poisoned, _, x, dy, bias = setup_case(case, torch.float32, padding=float("nan"))
     w = p.dense(poisoned)
     assert poisoned.isnan().any()
-    y = bsr_spmm(x, poisoned, p.crow, p.col, bias, case.N)
+    y = bsr_spmm(x, poisoned, *p.forward, bias, case.N)
     assert_exact(y, spmm_oracle(x, w, bias), torch.float32)
-    dx = bsr_spmm_t(dy, poisoned, p.ccol, p.row, p.perm, case.K)
+    dx = bsr_spmm_t(dy, poisoned, *p.transposed, case.K)
     assert_exact(dx, spmm_oracle(dy, w.t()), torch.float32)
 
 
 def test_rows_do_not_depend_on_their_number():
     case = BSR_CASES[0]._replace(block=(32, 32), M=130, N=33, K=60, kind="random")
     p, values, _, x, _, bias = setup_case(case, torch.float32, exact=False)
-    whole = bsr_spmm(x, values, p.crow, p.col, bias, case.N)
+    whole = bsr_spmm(x, values, *p.forward, bias, case.N)
     for m in (1, 31, 129):
-        assert torch.equal(bsr_spmm(x[:m], values, p.crow, p.col, bias, case.N), whole[:m])
+        assert torch.equal(bsr_spmm(x[:m], values, *p.forward, bias, case.N), whole[:m])
 
 
 def test_inputs_are_left_alone_and_runs_agree():
@@ -89,8 +89,8 @@ def test_inputs_are_left_alone_and_runs_agree():
     before = [a.clone() for a in inputs]
     runs = [
         (
-            bsr_spmm(x, values, p.crow, p.col, bias, case.N),
-            bsr_spmm_t(dy, values, p.ccol, p.row, p.perm, case.K),
+            bsr_spmm(x, values, *p.forward, bias, case.N),
+            bsr_spmm_t(dy, values, *p.transposed, case.K),
         )
         for _ in range(2)
     ]
@@ -117,7 +117,7 @@ FAULTS = {
 def test_the_oracles_can_fail(check, fault):
     case = BSR_CASES[0]._replace(block=(16, 16), M=9, N=33, K=50, kind="random")
     p, values, w, x, _, bias = setup_case(case, torch.float32)
-    y, want = bsr_spmm(x, values, p.crow, p.col, bias, case.N).cpu(), spmm_oracle(x, w, bias)
+    y, want = bsr_spmm(x, values, *p.forward, bias, case.N).cpu(), spmm_oracle(x, w, bias)
     check(y, want, torch.float32)
     with pytest.raises(AssertionError):
         check(FAULTS[fault](y), want, torch.float32)

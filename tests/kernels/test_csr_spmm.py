@@ -35,7 +35,7 @@ def setup_case(case, dtype, exact=True):
 def test_forward_exact(case, dtype):
     dtype = DTYPES[dtype]
     p, values, w, x, _, bias = setup_case(case, dtype)
-    y = csr_spmm(x, values, p.crow, p.col, bias, case.N)
+    y = csr_spmm(x, values, *p.forward, bias, case.N)
     assert_exact(y, spmm_oracle(x, w, bias), dtype)
 
 
@@ -43,7 +43,7 @@ def test_forward_exact(case, dtype):
 def test_transposed_exact(case, dtype):
     dtype = DTYPES[dtype]
     p, values, w, _, dy, _ = setup_case(case, dtype)
-    dx = csr_spmm_t(dy, values, p.ccol, p.row, p.perm, case.K)
+    dx = csr_spmm_t(dy, values, *p.transposed, case.K)
     assert_exact(dx, spmm_oracle(dy, w.t()), dtype)
 
 
@@ -53,27 +53,27 @@ def test_floats_within_bound(kind, dtype):
     dtype = DTYPES[dtype]
     case = Case((1, 1), 41, 37, 61, kind)
     p, values, w, x, dy, bias = setup_case(case, dtype, exact=False)
-    y = csr_spmm(x, values, p.crow, p.col, bias, case.N)
+    y = csr_spmm(x, values, *p.forward, bias, case.N)
     assert_within_bound(y, spmm_oracle(x, w, bias), dtype)
-    dx = csr_spmm_t(dy, values, p.ccol, p.row, p.perm, case.K)
+    dx = csr_spmm_t(dy, values, *p.transposed, case.K)
     assert_within_bound(dx, spmm_oracle(dy, w.t()), dtype)
 
 
 def test_chunks_of_tokens_change_nothing(monkeypatch):
     case = Case((1, 1), 300, 21, 33)
     p, values, _, x, _, bias = setup_case(case, torch.float32, exact=False)
-    whole = csr_spmm(x, values, p.crow, p.col, bias, case.N)
+    whole = csr_spmm(x, values, *p.forward, bias, case.N)
     monkeypatch.setattr(launch, "CHUNK_ELEMENTS", 1)
     assert launch.token_chunk(case.K, 128) == 128
-    assert torch.equal(csr_spmm(x, values, p.crow, p.col, bias, case.N), whole)
+    assert torch.equal(csr_spmm(x, values, *p.forward, bias, case.N), whole)
 
 
 def test_rows_do_not_depend_on_their_number():
     case = Case((1, 1), 130, 21, 33)
     p, values, _, x, _, bias = setup_case(case, torch.float32, exact=False)
-    whole = csr_spmm(x, values, p.crow, p.col, bias, case.N)
+    whole = csr_spmm(x, values, *p.forward, bias, case.N)
     for m in (1, 31, 129):
-        assert torch.equal(csr_spmm(x[:m], values, p.crow, p.col, bias, case.N), whole[:m])
+        assert torch.equal(csr_spmm(x[:m], values, *p.forward, bias, case.N), whole[:m])
 
 
 def test_inputs_are_left_alone_and_runs_agree():
@@ -82,8 +82,8 @@ def test_inputs_are_left_alone_and_runs_agree():
     before = [a.clone() for a in inputs]
     runs = [
         (
-            csr_spmm(x, values, p.crow, p.col, bias, p.rows),
-            csr_spmm_t(dy, values, p.ccol, p.row, p.perm, p.cols),
+            csr_spmm(x, values, *p.forward, bias, p.rows),
+            csr_spmm_t(dy, values, *p.transposed, p.cols),
         )
         for _ in range(2)
     ]
@@ -98,7 +98,7 @@ def test_masked_loads_are_filled():
 @pytest.mark.parametrize("check", [assert_exact, assert_within_bound])
 def test_the_oracles_can_fail(check):
     p, values, w, x, _, bias = setup_case(Case((1, 1), 9, 9, 30), torch.float32)
-    y, want = csr_spmm(x, values, p.crow, p.col, bias, 9).cpu(), spmm_oracle(x, w, bias)
+    y, want = csr_spmm(x, values, *p.forward, bias, 9).cpu(), spmm_oracle(x, w, bias)
     check(y, want, torch.float32)
     for fault in (y.t().contiguous(), y.flip(0), y[1:], y.half(), y * 0, y / 0):
         with pytest.raises(AssertionError):

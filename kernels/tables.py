@@ -1,0 +1,188 @@
+"""Launch tables: the tile of each kernel, as data.
+
+One JSON file per architecture class in `kernels/tables/`. A key is
+
+    op / kind / edge / rows / loads      for example  spmm/half/64/short/tma
+
+op: spmm, spmm_t, sddmm, grow, csr_spmm, csr_spmm_t, csr_sddmm. kind: see `launch`. edge: of the
+output block (spmm, spmm_t), the larger one of the block (sddmm), "any" for the rest. rows: shape
+class, "short", "long" or "any". loads: "tma" (tensor descriptors) or "pointer"; every operation has
+a pointer entry, and a launcher takes the tma entry where there is one and its operands allow it.
+
+Nothing is tuned at import or at launch. `sparsekern tune` measures and writes a table for one GPU;
+the environment variable SPARSEKERN_LAUNCH_TABLE names such a file, whose entries then replace those
+of the shipped table of its architecture.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = [
+    "CONFIGS",
+    "ENVIRONMENT",
+    "CsrConfig",
+    "GrowConfig",
+    "Key",
+    "SddmmConfig",
+    "SpmmConfig",
+    "find",
+    "overridden",
+    "read",
+    "table",
+]
+
+ENVIRONMENT = "SPARSEKERN_LAUNCH_TABLE"
+_FOLDER = Path(__file__).parent / "tables"
+
+
+class Key(NamedTuple):
+    """What a launch is looked up by; `str` gives the form used in the files."""
+
+    op: str
+    kind: str
+    edge: str
+    rows: str
+    loads: str
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+    @staticmethod
+    def parse(text: str) -> "Key":
+        """Inverse of `str`; raises ValueError."""
+        parts = text.split("/")
+        if len(parts) != len(Key._fields) or parts[0] not in CONFIGS:
+            raise ValueError(
+                f"a launch key must read op/kind/edge/rows/loads with op one of "
+                f"{sorted(CONFIGS)}; got {text!r}"
+            )
+        return Key(*parts)
+
+
+class SpmmConfig(NamedTuple):
+    """Tile of a BSR product.
+
+    BM tokens, BK reduction lanes an iteration, GROUP token tiles walked together for L2; SWAP puts
+    the weights on the rows of the matrix instruction and the tokens on its columns.
+    """
+
+    BM: int
+    BK: int
+    GROUP: int
+    SWAP: bool
+    num_warps: int
+    num_stages: int
+
+
+class SddmmConfig(NamedTuple):
+    """Tile of a BSR sampled product: BM tokens an iteration, LANES columns of x in a program."""
+
+    BM: int
+    LANES: int
+    num_warps: int
+    num_stages: int
+
+
+class GrowConfig(NamedTuple):
+    """Tile of the dense gradient: TN rows by TK columns, BM tokens an iteration."""
+
+    TN: int
+    TK: int
+    BM: int
+    num_warps: int
+    num_stages: int
+
+
+class CsrConfig(NamedTuple):
+    """Tile of a CSR kernel: BM tokens, BN rows (spmm) or entries (sddmm), UNROLL entries a step."""
+
+    BM: int
+    BN: int
+    UNROLL: int
+    num_warps: int
+
+
+Config = SpmmConfig | SddmmConfig | GrowConfig | CsrConfig
+
+CONFIGS: dict[str, type[Any]] = {
+    "spmm": SpmmConfig,
+    "spmm_t": SpmmConfig,
+    "sddmm": SddmmConfig,
+    "grow": GrowConfig,
+    "csr_spmm": CsrConfig,
+    "csr_spmm_t": CsrConfig,
+    "csr_sddmm": CsrConfig,
+}
+"""Fields of each operation's entries."""
+
+_overrides: dict[tuple[str, Key], Config] = {}
+
+
+def read(path: str | Path) -> tuple[str, dict[Key, Config]]:
+    """Architecture class and entries of a table file.
+
+    Raises:
+        ValueError: it is not a launch table, or an entry has other fields than its operation.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+        arch, entries = data["arch"], data["entries"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a launch table: {error!r}") from None
+    return arch, {Key.parse(text): _config(text, fields) for text, fields in entries}
+
+
+def _config(text: str, fields: Mapping[str, Any]) -> Config:
+    kind: type[Any] = CONFIGS[Key.parse(text).op]
+    if not isinstance(fields, dict) or set(fields) != set(kind._fields):
+        raise ValueError(f"entry {text!r} must have the fields {kind._fields}; got {fields}")
+    config: Config = kind(**fields)
+    return config
+
+
+@cache
+def table(arch: str) -> dict[Key, Config]:
+    """The shipped table of an architecture class, with the user's entries on top."""
+    entries = read(_FOLDER / f"{arch}.json")[1]
+    path = os.environ.get(ENVIRONMENT)
+    if path:
+        user_arch, user = read(path)
+        if user_arch != arch:
+            raise ValueError(f"{ENVIRONMENT}={path} is a table for {user_arch}; expected {arch}")
+        entries |= user
+    return entries
+
+
+@cache
+def find(arch: str, op: str, kind: str, edge: int | str, rows: str, *, tma: bool) -> Any:
+    """(config, whether it loads through tensor descriptors) for a launch.
+
+    `tma` says whether the operands allow descriptors; without an entry for them, or where they are
+    not allowed, the pointer entry answers. A table without that one raises KeyError.
+    """
+    entries = table(arch)
+    for loads in ("tma", "pointer") if tma else ("pointer",):
+        key = Key(op, kind, str(edge), rows, loads)
+        config = _overrides.get((arch, key)) or entries.get(key)
+        if config is not None:
+            return config, loads == "tma"
+    raise KeyError(f"no launch entry {key} for {arch}")
+
+
+@contextmanager
+def overridden(arch: str, entries: Mapping[Key, Config]) -> Iterator[None]:
+    """Use other entries inside a `with` block: for tuning and for tests."""
+    before = dict(_overrides)
+    _overrides.update({(arch, key): config for key, config in entries.items()})
+    find.cache_clear()
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+        find.cache_clear()

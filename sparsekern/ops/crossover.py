@@ -1,0 +1,38 @@
+"""Above which density a dense product is faster than a sparse one on a GPU: a table.
+
+Used by `impl=None` alone. A layer above its entry computes from a dense weight that lives as long
+as the operator; storage, gradient and optimizer state stay sparse, and its FLOPs count as dense.
+
+The figures come from the traffic model in `benchmarks/roofline.py`, with a margin of about a fifth
+for what a kernel loses to its start and its end; a measured run replaces them. Smaller blocks
+fetch activations more often for each FLOP, so they lose to dense products earlier.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_SAME: dict[int, float] = {16: 0.15, 32: 0.3, 64: 0.5, 128: 0.8}
+
+DENSE_ABOVE: dict[str, dict[int, float]] = {
+    "half": {1: 0.02, **_SAME},
+    "tf32": {1: 0.04, **_SAME},
+    "ieee": {1: 0.3, 16: 0.5, 32: 0.5, 64: 0.5, 128: 0.5},
+}
+"""Kind of operands -> smaller edge of the block -> share of blocks above which dense wins.
+
+Kinds: "half" for float16 and bfloat16; "tf32" and "ieee" for float32 with and without tensor
+cores, as `torch.set_float32_matmul_precision` says.
+"""
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """Key of `DENSE_ABOVE` for a dtype of two or four bytes."""
+    if dtype.itemsize == 2:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def dense_wins(dtype: torch.dtype, block: tuple[int, int], density: float) -> bool:
+    """Whether the table gives a product with this share of active blocks to the dense path."""
+    return density > DENSE_ABOVE[kind_of(dtype)][min(block)]
