@@ -11,7 +11,9 @@ EXTRAS ?= dev
 WORKERS ?= 2
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test check aot bench clean
+GPU_OUT ?= runs/gpu
+
+.PHONY: demo test check aot lock bench gpu clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,10 +41,19 @@ check: $(STAMP)
 aot: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/aot -n $(WORKERS)
 
+# Compile them anew and write down what they use: tests/aot/kernels.lock.
+lock: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -m tests.aot.lock
+
 # Measure this machine; results go to benchmarks/results/cpu/.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu_speed
 	$(BIN)/python -m benchmarks.scale
+
+# Correctness and speed on this machine's GPU. No virtual environment: PYTHON must hold torch and
+# triton already. Goes on where it stopped; GPU_OUT=benchmarks/results/NAME feeds the README.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

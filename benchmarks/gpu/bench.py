@@ -1,0 +1,92 @@
+"""What every part is handed: device, clock, plan, and the gate that withholds numbers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.gpu.cases import Block, Operands, Plan, Shape, operands, random_topology
+from benchmarks.gpu.correctness import Gate, Row, is_exact, short
+from benchmarks.gpu.timing import Clock, CudaClock, HostClock
+from benchmarks.roofline import OPERATIONS, Prediction, Problem, Roofline, Total, device_named
+
+
+@dataclass
+class Bench:
+    """One part's surroundings.
+
+    Attributes:
+        gate: what the correctness part found.
+        deadline: on the monotonic clock; a part starts no case after it.
+    """
+
+    plan: Plan
+    device: torch.device
+    gate: Gate
+    deadline: float = float("inf")
+    clock: Clock = field(init=False)
+    roofline: Roofline | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        cuda = self.device.type == "cuda"
+        self.clock = CudaClock(self.device) if cuda else HostClock()
+        known = device_named(torch.cuda.get_device_name(self.device)) if cuda else None
+        self.roofline = Roofline(known) if known else None
+
+    @property
+    def late(self) -> bool:
+        """Whether the time of this part is up."""
+        return time.monotonic() >= self.deadline
+
+    def generator(self, seed: int = 0) -> torch.Generator:
+        """A seeded generator on the device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def shape_for(self, block: Block) -> Shape:
+        """The first shape that a block is timed at."""
+        return self.plan.csr_shape if block == (1, 1) else self.plan.shapes[0]
+
+    def operands(self, shape: Shape, block: Block, density: float, kind: str) -> Operands:
+        """Random operands of one case."""
+        topology = random_topology(shape, block, density, self.device)
+        return operands(shape, topology, kind, density, self.generator())
+
+    def verdicts(self, o: Operands, impl: str = "triton") -> dict[str, str]:
+        """By operation and for "three": "ok", or why there is no number.
+
+        Besides the gate, the very case to be timed must be exact on integers.
+        """
+        integers = o.with_integers(self.generator(1))
+        found = {}
+        for operation in OPERATIONS:
+            gate = self.gate.verdict(operation, o.topology.block, o.kind)
+            found[operation] = gate if impl == "triton" else "ok"
+            if found[operation] == "ok":
+                try:
+                    wrong = is_exact(operation, integers, impl)
+                except Exception as error:  # reported, and the next case goes on
+                    found[operation] = f"failed: {short(error)}"
+                else:
+                    found[operation] = "incorrect" if wrong else "ok"
+        broken = [verdict for verdict in found.values() if verdict != "ok"]
+        return found | {"three": broken[0] if broken else "ok"}
+
+    def ceiling(self, operation: str, problem: Problem) -> Prediction | Total | None:
+        """The model's least time, if it knows the device."""
+        if self.roofline is None:
+            return None
+        if operation == "three":
+            return self.roofline.together(problem)
+        return self.roofline.predict(operation, problem)
+
+
+def describe(o: Operands) -> Row:
+    """The columns that name a case."""
+    return o.shape._asdict() | {
+        "block": list(o.topology.block),
+        "kind": o.kind,
+        "density": o.asked,
+        "nnzb": o.topology.nnzb,
+    }

@@ -1,0 +1,257 @@
+"""Whether the kernels are right on this device; a kernel that is not gets no speed.
+
+Exact: integers in -3..3, for which every order of summation gives the same bits: the answer must
+equal a float64 product. Bound: on normal floats, the error of each element stays below what its own
+sum allows; nothing in the bound is tuned. Besides: two runs agree bit for bit, and a row of the
+result does not depend on the rows that came with it. Grow scores of integers are exact as well.
+
+    python -m benchmarks.gpu.correctness --block 16 16 --kind bf16     # one group, as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases import (
+    DRY,
+    DTYPES,
+    FULL,
+    Block,
+    Operands,
+    Plan,
+    Shape,
+    integers_like,
+    operands,
+    precision,
+    random_topology,
+)
+from sparsekern import ops
+
+Row = dict[str, Any]
+
+KERNELS = {"forward": "spmm", "dx": "spmm_t", "dw": "sddmm"}
+"""The kernel behind each product of a training step."""
+
+ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 0.0, "tf32": 0.0}  # of a stored result
+# tensor cores cut off where the IEEE sum rounds: one bit
+ACCUMULATOR = {"bf16": 2.0**-23, "fp16": 2.0**-23, "fp32": 2.0**-24, "tf32": 2.0**-23}
+# TF32 keeps ten bits after the point; cutting the rest off either factor moves a product so much
+PRODUCT = {"bf16": 0.0, "fp16": 0.0, "fp32": 0.0, "tf32": 2.0**-9 + 2.0**-20}
+SLICE = slice(3, 40)
+SCORE_TOKENS = 48  # few enough for the norm of a 128 x 128 block to stay below 2**24
+
+
+class Sum(NamedTuple):
+    """A result in float64, the same sum over magnitudes, and the terms of its longest sum."""
+
+    value: Tensor
+    magnitude: Tensor
+    terms: int
+
+
+class Gate:
+    """Says of each kernel, block and kind whether it may be timed."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._ok: dict[tuple[Any, ...], bool] = {}
+        for row in rows:
+            where = row["kernel"], tuple(row["block"]), row["kind"]
+            self._ok[where] = self._ok.get(where, True) and row["ok"]
+
+    def verdict(self, operation: str, block: Block, kind: str) -> str:
+        """For a product or for "three": "ok", "incorrect" or "not checked"."""
+        kernels = KERNELS.values() if operation == "three" else [KERNELS[operation]]
+        found = [self._ok.get((kernel, block, kind)) for kernel in kernels]
+        if False in found:
+            return "incorrect"
+        return "not checked" if None in found else "ok"
+
+
+def products(o: Operands, impl: str, bias: Tensor | None = None) -> dict[str, Callable[[], Tensor]]:
+    """The three products of a training step, by operation."""
+    return {
+        "forward": lambda: ops.spmm(o.x, o.values, o.topology, bias, impl=impl),
+        "dx": lambda: ops.spmm_t(o.dy, o.values, o.topology, impl=impl),
+        "dw": lambda: ops.sddmm(o.dy, o.x, o.topology, impl=impl),
+    }
+
+
+def expected(operation: str, o: Operands, bias: Tensor | None = None) -> Sum:
+    """The same products in float64, through the dense weight."""
+    if operation == "dw":
+        dy, x = o.dy.double(), o.x.double()
+        value, magnitude = dy.t() @ x, dy.abs().t() @ x.abs()
+        return Sum(o.topology.pack(value), o.topology.pack(magnitude), len(x))
+    w = o.dense_weight().double()
+    left, right = (o.x.double(), w.t()) if operation == "forward" else (o.dy.double(), w)
+    value, magnitude = left @ right, left.abs() @ right.abs()
+    terms = int((right != 0).sum(0).max())
+    if bias is not None and operation == "forward":
+        value, magnitude = value + bias.double(), magnitude + bias.double().abs()
+        terms += 1
+    return Sum(value, magnitude, terms)
+
+
+def difference(got: Tensor, want: Tensor) -> str:
+    """Empty if equal in shape and every element; else what differs."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"expected {tuple(want.shape)} {want.dtype}; got {tuple(got.shape)} {got.dtype}"
+    wrong = got != want
+    count = int(wrong.sum())
+    if not count:
+        return ""
+    first = wrong.nonzero()[0].tolist()
+    return f"{count} of {want.numel()} differ, first at {first}"
+
+
+def beyond_bound(got: Tensor, want: Sum, kind: str) -> str:
+    """Empty if every element lies within the bound of its own sum; NaN never does."""
+    u, out, dtype = ACCUMULATOR[kind], ROUNDOFF[kind], DTYPES[kind]
+    if got.shape != want.value.shape or got.dtype != dtype:
+        return f"expected {tuple(want.value.shape)} {dtype}; got {tuple(got.shape)} {got.dtype}"
+    gamma = want.terms * u / (1 - want.terms * u)
+    spread = (gamma + PRODUCT[kind] * (1 + gamma)) * want.magnitude
+    tiny = torch.finfo(dtype).smallest_normal * out  # rounding of a subnormal
+    bound = spread + out * (want.value.abs() + spread) + tiny
+    outside = ~((got.double() - want.value).abs() <= bound)
+    count = int(outside.sum())
+    return f"{count} of {got.numel()} outside the bound" if count else ""
+
+
+def is_exact(operation: str, integers: Operands, impl: str) -> str:
+    """Empty if a product of integers is exact; else what differs."""
+    got = products(integers, impl)[operation]()
+    return difference(got, expected(operation, integers).value.to(got.dtype))
+
+
+def check_group(block: Block, kind: str, plan: Plan, device: torch.device) -> list[Row]:
+    """All checks of one block and kind of operand, on an aligned and on a ragged shape."""
+    rows = []
+    with precision(kind):
+        for name, shape, density in _cases(block, plan):
+            topology = random_topology(shape, block, density, device)
+            generator = torch.Generator(device).manual_seed(1)
+            o = operands(shape, topology, kind, density, generator)
+            bias = None if name == "aligned" else torch.ones_like(o.dy[0])
+            where: Row = {"block": list(block), "kind": kind, "shape": name, "density": density}
+            for operation, kernel in KERNELS.items():
+                for check, detail in _guarded(_checks(operation, o, bias, generator)):
+                    found = {"check": check, "ok": not detail, "detail": detail}
+                    rows.append({"kernel": kernel} | where | found)
+            for check, detail in _guarded(check_scores(o, generator)):
+                found = {"check": check, "ok": not detail, "detail": detail}
+                rows.append({"kernel": "grow_scores"} | where | found)
+    return rows
+
+
+def _cases(block: Block, plan: Plan) -> Iterator[tuple[str, Shape, float]]:
+    """Aligned rows can be fetched as whole tiles, ragged ones can't: launches differ by it."""
+    M, edge = plan.check_tokens, plan.csr_edge if block == (1, 1) else plan.check_edge
+    for density in plan.check_densities:
+        yield "aligned", Shape(M, edge, edge), density
+        yield "ragged", Shape(M // 2 + 27, edge + 7, edge + 3), density
+
+
+def _guarded(checks: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(check, what is wrong or nothing) pairs; a kernel that raises fails the rest at once."""
+    try:
+        yield from checks
+    except Exception as error:  # any failure is a finding
+        yield "runs", short(error)
+
+
+def _checks(
+    operation: str, o: Operands, bias: Tensor | None, generator: torch.Generator
+) -> Iterator[tuple[str, str]]:
+    integers = o.with_integers(generator)
+    got = products(integers, "triton", bias)[operation]()
+    want = expected(operation, integers, bias).value
+    yield "exact", difference(got, want.to(got.dtype))
+    run = products(o, "triton", bias)[operation]
+    first = run()
+    yield "bound", beyond_bound(first, expected(operation, o, bias), o.kind)
+    yield "deterministic", difference(run(), first)
+    if operation == "dw":
+        base = integers_like(o.values, generator).float()
+        got = ops.sddmm(integers.dy, integers.x, o.topology, out=base.clone(), impl="triton")
+        yield "adds in place", difference(got, (want + base).float())
+        return
+    # copies: a slice would begin at an address that compiles anew
+    x, dy = o.x[SLICE].clone(), o.dy[SLICE].clone()
+    part = Operands(o.topology, o.kind, o.asked, x, dy, o.values)
+    got = products(part, "triton", bias)[operation]()
+    yield "row invariance", difference(got, first[SLICE])
+    if operation == "forward":
+        got = ops.spmm(
+            integers.x, integers.values, o.topology, bias, activation="relu", impl="triton"
+        )
+        yield "relu", difference(got, want.clamp(min=0).to(got.dtype))
+
+
+def check_scores(o: Operands, generator: torch.Generator) -> Iterator[tuple[str, str]]:
+    """Grow scores of integers are exact, and ties go to the lowest position."""
+    integers, block = o.with_integers(generator), o.topology.block
+    dy, x = integers.dy[:SCORE_TOKENS].clone(), integers.x[:SCORE_TOKENS].clone()
+    k, held = o.topology.nnzb // 2 + 1, o.topology.positions()
+    for norm in ("l1", "max"):  # sums of squares would outgrow float32
+        got = ops.grow_scores(dy, x, o.topology, k, norm=norm, impl="triton")
+        scores = _block_norms(dy.double().t() @ x.double(), block, norm)
+        offered = scores.clone()
+        offered[held] = -torch.inf
+        best = offered.sort(descending=True, stable=True).indices[:k].sort().values
+        best = best[offered[best] >= 0]  # fewer come back if fewer are inactive
+        yield (
+            norm,
+            (
+                difference(got.active, scores[held].to(got.active.dtype))
+                or difference(got.positions, best)
+                or difference(got.scores, scores[best].to(got.scores.dtype))
+            ),
+        )
+
+
+def _block_norms(dense: Tensor, block: Block, norm: str) -> Tensor:
+    """Sum or largest of the magnitudes of every block, by flat position."""
+    bh, bw = block
+    pad = (0, -dense.shape[1] % bw, 0, -dense.shape[0] % bh)
+    padded = torch.nn.functional.pad(dense.abs(), pad)
+    tiles = padded.view(padded.shape[0] // bh, bh, padded.shape[1] // bw, bw)
+    return (tiles.sum((1, 3)) if norm == "l1" else tiles.amax((1, 3))).flatten()
+
+
+def short(error: BaseException) -> str:
+    """One line on an exception."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def broken_group(block: Block, kind: str, reason: str) -> list[Row]:
+    """Rows for a group whose process died: nothing of it may be timed."""
+    where = {"block": list(block), "kind": kind, "shape": "any", "check": "runs"}
+    return [
+        {"kernel": kernel} | where | {"ok": False, "detail": reason} for kernel in KERNELS.values()
+    ]
+
+
+def main() -> None:
+    """Check one group and print its rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--block", type=int, nargs=2, required=True)
+    parser.add_argument("--kind", choices=sorted(DTYPES), required=True)
+    parser.add_argument("--dry", action="store_true", help="on the CPU, under TRITON_INTERPRET=1")
+    args = parser.parse_args()
+    block = (args.block[0], args.block[1])
+    plan, device = (DRY, "cpu") if args.dry else (FULL, "cuda:0")
+    rows = check_group(block, args.kind, plan, torch.device(device))
+    sys.stdout.write(json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
