@@ -193,12 +193,11 @@ def _bsr_sddmm_tma_kernel(
         first = tl.program_id(1) * span
         last = min(first + span, M)
         dw_part = dw_ptr + tl.program_id(1).to(tl.int64) * part
-        FEW: tl.constexpr = max(G // 2, 1)
         # the last group of a row is often half empty: then half the tiles need no loading
-        if hi - lo <= FEW:
+        if G > 1 and hi - lo <= G // 2:
             _sum_blocks(
                 dy_desc, x_desc, col_ptr, dw_part, r, lo, hi, first, last,
-                BH, BW, BM, FEW, ADD, PRECISION, INTERPRET,
+                BH, BW, BM, G // 2, ADD, PRECISION, INTERPRET,
             )  # fmt: skip
         else:
             _sum_blocks(

@@ -16,7 +16,8 @@ depth of the pipeline.
 
 Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape and stride, blocks narrower than
 BK gathered several to an iteration; `_bsr_spmm_tma_kernel` loads and stores tiles through tensor
-descriptors and serves aligned operands on GPUs that have them.
+descriptors and serves aligned operands on GPUs that have them. A third, which holds activations in
+shared memory, is in `bsr_spmm_resident` and runs where a launch table asks for it.
 """
 
 # triton decorates without types
@@ -38,7 +39,7 @@ from .launch import (
     rows_class,
     tma_fits,
 )
-from .tables import SpmmConfig, find
+from .tables import SpmmConfig, find, optional
 
 __all__ = ["bsr_spmm", "bsr_spmm_t"]
 
@@ -180,7 +181,7 @@ def _bsr_spmm_tma_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if SWAP:
         acc = acc.T
-    n = r * OUT + tl.arange(0, OUT)
+    n = r.to(tl.int64) * OUT + tl.arange(0, OUT)
     acc = _finish(acc, bias_ptr, n, N, sb, HAS_BIAS, RELU)
     y_desc.store([m0, r * OUT], acc.to(y_desc.dtype))
 
@@ -262,6 +263,9 @@ def _launch(
     if y.numel() == 0:
         return y.to(x.dtype)
     values = values.contiguous()
+    held = None if relu else _resident(x, values, side, bias, n_out)
+    if held is not None:
+        return held
     op, reduce, out = ("spmm", bw, bh) if side.perm is None else ("spmm_t", bh, bw)
     tile, tma = find(
         arch_class(x.device),
@@ -292,6 +296,33 @@ def _launch(
     with torch.cuda.device_of(x):
         (_launch_tma if tma else _launch_pointer)(grid, x, values, side, bias, y, tile, options)
     return y.to(x.dtype)
+
+
+def _resident(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    side: _Side,
+    bias: torch.Tensor | None,
+    n_out: int,
+) -> torch.Tensor | None:
+    """The product by the kernel that holds activations, if a table asks for it and it fits."""
+    arch, kind = arch_class(x.device), compute_kind(x.dtype)
+    block = values.shape[1], values.shape[2]
+    op = "spmm_resident" if side.perm is None else "spmm_t_resident"
+    entry = optional(arch, op, kind, max(block))
+    if entry is None or is_interpreted(_bsr_spmm_kernel):
+        return None
+    from . import bsr_spmm_resident as resident  # noqa: PLC0415  Gluon is heavy and seldom needed
+
+    if not resident.resident_fits(
+        arch, x.dtype, block, x.shape[1], side.perm is not None, entry.RING_KB
+    ):
+        return None
+    ring = {"ring_kb": entry.RING_KB}
+    if side.perm is None:
+        return resident.bsr_spmm_resident(x, values, side.start, side.inner, bias, n_out, **ring)
+    indices = side.start, side.inner, side.perm
+    return resident.bsr_spmm_t_resident(x, values, *indices, n_out, **ring)
 
 
 def _launch_pointer(

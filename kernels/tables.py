@@ -9,6 +9,10 @@ output block (spmm, spmm_t), the larger one of the block (sddmm), "any" for the 
 class, "short", "long" or "any". loads: "tma" (tensor descriptors) or "pointer"; every operation has
 a pointer entry, and a launcher takes the tma entry where there is one and its operands allow it.
 
+spmm_resident and spmm_t_resident are optional: an entry sends the products of blocks with that
+larger edge to `bsr_spmm_resident` where it fits. No shipped table has one, as that kernel has not
+been measured.
+
 Nothing is tuned at import or at launch. `sparsekern tune` measures and writes a table for one GPU;
 the environment variable SPARSEKERN_LAUNCH_TABLE names such a file, whose entries then replace those
 of the shipped table of its architecture.
@@ -25,12 +29,15 @@ from typing import Any, NamedTuple
 __all__ = [
     "CONFIGS",
     "ENVIRONMENT",
+    "OPTIONAL",
     "CsrConfig",
     "GrowConfig",
     "Key",
+    "RingConfig",
     "SddmmConfig",
     "SpmmConfig",
     "find",
+    "optional",
     "overridden",
     "read",
     "table",
@@ -56,10 +63,10 @@ class Key(NamedTuple):
     def parse(text: str) -> "Key":
         """Inverse of `str`; raises ValueError."""
         parts = text.split("/")
-        if len(parts) != len(Key._fields) or parts[0] not in CONFIGS:
+        if len(parts) != len(Key._fields) or parts[0] not in CONFIGS | OPTIONAL:
             raise ValueError(
                 f"a launch key must read op/kind/edge/rows/loads with op one of "
-                f"{sorted(CONFIGS)}; got {text!r}"
+                f"{sorted(CONFIGS | OPTIONAL)}; got {text!r}"
             )
         return Key(*parts)
 
@@ -107,6 +114,12 @@ class CsrConfig(NamedTuple):
     num_warps: int
 
 
+class RingConfig(NamedTuple):
+    """Shared memory in which the resident kernel streams weights, in KiB, all walkers together."""
+
+    RING_KB: int
+
+
 Config = SpmmConfig | SddmmConfig | GrowConfig | CsrConfig
 
 CONFIGS: dict[str, type[Any]] = {
@@ -120,7 +133,10 @@ CONFIGS: dict[str, type[Any]] = {
 }
 """Fields of each operation's entries."""
 
-_overrides: dict[tuple[str, Key], Config] = {}
+OPTIONAL: dict[str, type[Any]] = {"spmm_resident": RingConfig, "spmm_t_resident": RingConfig}
+"""The same for operations that a table may leave out."""
+
+_overrides: dict[tuple[str, Key], Any] = {}
 
 
 def read(path: str | Path) -> tuple[str, dict[Key, Config]]:
@@ -138,7 +154,7 @@ def read(path: str | Path) -> tuple[str, dict[Key, Config]]:
 
 
 def _config(text: str, fields: Mapping[str, Any]) -> Config:
-    kind: type[Any] = CONFIGS[Key.parse(text).op]
+    kind: type[Any] = (CONFIGS | OPTIONAL)[Key.parse(text).op]
     if not isinstance(fields, dict) or set(fields) != set(kind._fields):
         raise ValueError(f"entry {text!r} must have the fields {kind._fields}; got {fields}")
     config: Config = kind(**fields)
@@ -174,15 +190,27 @@ def find(arch: str, op: str, kind: str, edge: int | str, rows: str, *, tma: bool
     raise KeyError(f"no launch entry {key} for {arch}")
 
 
+@cache
+def optional(arch: str, op: str, kind: str, edge: int) -> Any:
+    """Entry of one of `OPTIONAL`, or None."""
+    key = Key(op, kind, str(edge), "any", "tma")
+    return _overrides.get((arch, key)) or table(arch).get(key)
+
+
 @contextmanager
-def overridden(arch: str, entries: Mapping[Key, Config]) -> Iterator[None]:
+def overridden(arch: str, entries: Mapping[Key, Any]) -> Iterator[None]:
     """Use other entries inside a `with` block: for tuning and for tests."""
     before = dict(_overrides)
     _overrides.update({(arch, key): config for key, config in entries.items()})
-    find.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _overrides.clear()
         _overrides.update(before)
-        find.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    find.cache_clear()
+    optional.cache_clear()

@@ -1,4 +1,8 @@
-"""The command line: `sparsekern train` compares sparse training methods with dense training."""
+"""The command line.
+
+`sparsekern train` compares sparse training methods with dense training; `sparsekern tune` measures
+launch configurations on the present GPU.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from sparsekern.ops.dispatch import BACKENDS
 from sparsekern.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training import RunResult, Trainer, total_steps
+from sparsekern.tuning import command as tuning
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     try:
-        _train(arguments)
+        arguments.run(arguments)
     except SparseKernError as error:
         sys.stderr.write(f"sparsekern: error: {error}\n")
         return USAGE_ERROR
@@ -56,9 +61,11 @@ def parser() -> argparse.ArgumentParser:
         description="Train a fully connected network by several methods, with the same data and "
         "seeds, and compare accuracy, FLOPs, bytes and time with dense training.",
     )
+    train.set_defaults(run=_train)
     _add_task(train)
     _add_training(train)
     _add_output(train)
+    tuning.add_parser(commands)
     return top
 
 

@@ -28,6 +28,7 @@ LAYERS = [
         "sparsekern.progress",
         "sparsekern.report",
         "sparsekern.training",
+        "sparsekern.tuning",
     ),
     ("sparsekern.cli", "sparsekern.__main__"),
 ]

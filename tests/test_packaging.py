@@ -52,7 +52,8 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel):
     expected = {
         ("sparsekern/" if p.parts[0] == "kernels" else "") + p.as_posix() for p in sources()
     }
-    assert code == expected | {"sparsekern/py.typed"}
+    tables = {f"sparsekern/kernels/tables/{arch}.json" for arch in ("sm80", "sm90", "sm100")}
+    assert code == expected | tables | {"sparsekern/py.typed"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 

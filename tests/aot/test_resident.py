@@ -1,0 +1,424 @@
+"""`bsr_spmm_resident` without the GPU it has never run on: compiled for sm_90, and emulated.
+
+Compiled, the machine code is looked at: wgmma of the right shape that stays asynchronous, nothing
+spilled, shared memory within the limit, no global atomics, a thread barrier between the last
+product that read a slot and the copy that refills it.
+
+Emulated, the kernel's own source runs in numpy on a memory that shows missing waits: copies arrive
+no sooner than they're waited for, slots are poisoned when a copy into them starts, and products
+read their operands both when they're issued and when they're retired.
+"""
+
+import importlib
+import math
+import os
+import re
+import subprocess
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon", reason="no Gluon")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip(
+        "kernels are interpreted in this process: run `pytest tests/aot` by itself",
+        allow_module_level=True,
+    )
+
+import triton
+from support import integers
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from sparsekern.kernels import bsr_spmm_resident as module
+
+SHARED_LIMIT = 227 * 1024
+KERNEL = module._bsr_spmm_resident_kernel
+
+# block, columns held, transposed; the last two fill shared memory
+SHAPES = [
+    *(((e, e), 1024, trans) for e in (16, 32, 64) for trans in (False, True)),
+    ((8, 64), 1024, False),
+    *(((e, 64), 768, trans) for e in (16, 32) for trans in (False, True)),
+    ((16, 16), 1536, True),
+    ((32, 32), 1536, False),
+]
+
+
+def edges(block, trans):
+    """The block's edges along the sum and along the output."""
+    return block if trans else block[::-1]
+
+
+def signature_of(block, trans, dtype, G, constants):
+    def descriptor(rows, columns):
+        return f"tensordesc<{dtype}[{rows},{columns}],{module.shared_layout(columns)!r}>"
+
+    rows = block[0] if trans else G * block[0]
+    known = dict.fromkeys(constants, "constexpr") | {
+        "x_desc": descriptor(module.TOKENS, edges(block, trans)[0]),
+        "w_desc": descriptor(rows, block[1]),
+        **dict.fromkeys(("start_ptr", "index_ptr", "perm_ptr"), "*i32"),
+        **dict.fromkeys(("bias_ptr", "y_ptr"), f"*{dtype}"),
+    }
+    return {a: known.get(a, "i32") for a in KERNEL.arg_names}
+
+
+def build(block, K, trans, dtype):
+    """PTX, machine code, shared memory, and what cuobjdump says of registers and stack."""
+    config = module.resident_config(block, K)
+    reduce, out = edges(block, trans)
+    constants = {"sb": 1, "SLICES": K // reduce, "IN": reduce, "OUT": out, "TRANS": trans}
+    constants |= {"G": config.G, "STAGES": config.STAGES, "HAS_BIAS": not trans}
+    signature = signature_of(block, trans, dtype, config.G, constants)
+    position = {a: (i,) for i, a in enumerate(KERNEL.arg_names)}
+    aligned = [a for a in position if signature[a].startswith("*") or a == "N"]
+    source = GluonASTSource(
+        KERNEL,
+        signature,
+        {position[a]: v for a, v in constants.items()},
+        {position[a]: [["tt.divisibility", 16]] for a in aligned},
+    )
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    folder = Path(importlib.import_module("triton.backends.nvidia").__file__).parent
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        sass, usage = (
+            subprocess.run(
+                [folder / "bin" / "cuobjdump", option, f.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for option in ("-sass", "-res-usage")
+        )
+    return kernel.asm["ptx"], sass, kernel.metadata.shared, usage
+
+
+def events(ptx):
+    """In order: w(ait that leaves a product in flight), b(arrier), c(opy), p(roduct)."""
+    kinds = {
+        "wgmma.wait_group.sync.aligned 1": "w",
+        "bar.sync": "b",
+        "cp.async.bulk.tensor": "c",
+        "wgmma.mma_async": "p",
+    }
+    found = re.findall("|".join(re.escape(k) for k in kinds), ptx)
+    return "".join(kinds[f] for f in found)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("block", "K", "trans"), SHAPES)
+def test_compiles(block, K, trans, dtype, request):
+    if dtype == "fp16" and block != (16, 16):
+        pytest.skip("one block stands for fp16")
+    reduce, out = edges(block, trans)
+    ptx, sass, shared, usage = build(block, K, trans, dtype)
+    registers = max(map(int, re.findall(r"\bR(\d+)\b", sass))) + 1
+    request.node.user_properties += [("registers", registers), ("shared", shared)]
+    assert "EXIT" in sass
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], "spilled"
+    assert not re.search(r"\b(STL|LDL)\b", sass), "spilled"
+    assert not re.search(r"\b(ATOMG|ATOM|RED)\b", sass), "global atomics"
+    assert shared <= SHARED_LIMIT
+    size = module.WALKERS * math.prod(module.resident_config(block, K)) * math.prod(block) * 2
+    assert 0 < shared - size - module.TOKENS * K * 2 <= module._SHARED_EXTRA
+
+    shape = {"bf16": "f32.bf16.bf16", "fp16": "f32.f16.f16"}[dtype]
+    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx)
+    assert products == [f"m64n{out}k16.{shape}"] * (module.WALKERS * reduce // 16)
+    # had ptxas serialised them, it would wait for all of them at once, after each
+    assert len(re.findall(r"HGMMA.*gsb0", sass)) == module.WALKERS
+    assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", sass)) == module.WALKERS
+    # by each walker: products, the wait, a barrier, and only then the copy
+    assert len(re.findall(r"p+wb+(?:cb*)+", events(ptx))) == module.WALKERS
+    assert "fence.proxy.async" in ptx
+
+
+def test_what_fits():
+    half = torch.bfloat16
+    fits = module.resident_fits
+    assert fits("sm90", half, (16, 16), 1536, False)
+    assert fits("sm90", torch.float16, (8, 64), 1024, False)
+    assert not fits("sm90", half, (8, 64), 1024, True)  # sums of 8 are too short for wgmma
+    assert not fits("sm90", half, (16, 16), 1792, False)
+    assert not fits("sm90", half, (64, 64), 1536, False)
+    assert not fits("sm90", half, (64, 64), 96, False)
+    assert not fits("sm90", half, (128, 128), 1024, False)
+    assert not fits("sm90", torch.float32, (16, 16), 1024, False)
+    assert not fits("sm100", half, (16, 16), 1024, False)
+    x, index = torch.zeros(4, 16), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="not held"):
+        module.bsr_spmm_resident(x, torch.zeros(1, 16, 16), index, index, None, 16)
+
+
+class Num(np.ndarray):
+    """An array that takes `.to`, which changes nothing: integers and sums here are exact."""
+
+    def to(self, _dtype):
+        return self
+
+
+class Pointer:
+    """A pointer into a tensor, or an array of them; loads outside it fail."""
+
+    dtype = types.SimpleNamespace(element_ty=None)
+
+    def __init__(self, tensor, offset=0):
+        self.tensor, self.offset = tensor, offset
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        self.flat = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
+
+    def __add__(self, offset):
+        return Pointer(self.tensor, self.offset + offset)
+
+    def load(self, mask=True, other=None):
+        flat = self.flat
+        if np.ndim(self.offset) == 0:
+            assert not mask or 0 <= self.offset < len(flat)
+            return flat[self.offset].item() if mask else other
+        loaded = np.full(self.offset.shape, other, np.float32)
+        loaded[mask] = flat[torch.from_numpy(np.array(self.offset[mask]))].float()
+        return loaded.view(Num)
+
+    def store(self, values, mask):
+        index = torch.from_numpy(np.array(self.offset[mask]))
+        assert bool(torch.isnan(self.flat[index]).all()), "stored twice"
+        self.flat[index] = torch.from_numpy(np.array(values[mask])).to(self.tensor.dtype)
+
+
+class Shared:
+    """Shared memory, or a view of it."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def index(self, i):
+        assert 0 <= i < len(self.array)
+        return Shared(self.array[i])
+
+    def permute(self, order):
+        return Shared(self.array.transpose(order))
+
+
+class Machine:
+    """What the kernel calls. One walker after another, each with its own copies and products."""
+
+    def __init__(self, programs, *, barriers=True):
+        self.program, self.barriers, self.memory = programs, barriers, []
+        self.in_flight, self.unseen, self.waited = [], [], []
+        self.gl = types.SimpleNamespace(
+            program_id=lambda axis: self.program[axis],
+            arange=lambda lo, hi, _layout: np.arange(lo, hi).view(Num),
+            zeros=lambda shape, _dtype, _layout: np.zeros(shape, np.float32).view(Num),
+            load=lambda pointer, mask=True, other=None: pointer.load(mask, other),
+            store=lambda pointer, values, mask: pointer.store(values, mask),
+            NVMMADistributedLayout=lambda *_: None,
+            SliceLayout=lambda *_: None,
+            allocate_shared_memory=self.allocate,
+            warp_specialize=self.warp_specialize,
+            minimum=min,
+            static_range=range,
+            int64="int64",
+            float32="float32",
+        )
+        self.mbarrier = types.SimpleNamespace(
+            init=self.init, expect=self.expect, wait=self.wait, MBarrierLayout=lambda: None
+        )
+
+    def names(self):
+        return {
+            "gl": self.gl,
+            "mbarrier": self.mbarrier,
+            "warpgroup_mma": self.product,
+            "warpgroup_mma_wait": self.retire,
+            "fence_async_shared": lambda: None,
+            "_barrier": self.barrier,
+            "_copy": self.copy,
+            "_view": lambda memory, _dtype, shape, _layout: Shared(memory.array.reshape(shape)),
+        }
+
+    def allocate(self, dtype, shape, _layout):
+        empty = np.empty(shape, object) if dtype == "int64" else np.full(shape, np.nan, np.float32)
+        self.memory.append(empty)
+        return Shared(empty)
+
+    def warp_specialize(self, partitions, warps, _registers):
+        assert len(partitions) == len(warps) + 1
+        for function, arguments in partitions:
+            function(*arguments)
+            assert not self.in_flight
+            self.barrier()
+
+    def init(self, ready, count):
+        assert (count, ready.shape) == (1, (1,))
+        ready.array[0] = types.SimpleNamespace(phase=0, expected=None, copies=[])
+
+    def expect(self, ready, size, live=True):
+        if live:
+            state = ready.array[0]
+            assert state.expected is None, "two arrivals in a phase"
+            assert not any(state is w for w in self.waited), "a thread may still wait"
+            state.expected = size
+
+    def copy(self, descriptor, place, ready, memory, live=True):
+        if live:
+            for operand in (*self.in_flight, *self.unseen):
+                assert not np.shares_memory(operand[0], memory.array), "overwritten while read"
+            memory.array[...] = np.nan
+            ready.array[0].copies.append((memory.array, descriptor.box(*place)))
+
+    def wait(self, ready, parity):
+        state = ready.array[0]
+        self.waited.append(state)
+        if state.phase & 1 == parity:
+            assert state.expected == sum(2 * data.size for _, data in state.copies), "hangs"
+            for memory, data in state.copies:
+                memory[...] = data
+            state.phase, state.expected, state.copies = state.phase + 1, None, []
+
+    def product(self, a, b, acc, is_async):
+        assert is_async
+        value = a.array.astype(np.float32) @ b.array
+        assert not np.isnan(value).any(), "read before it arrived"
+        self.in_flight.append((b.array, a.array, value))
+        return acc + value
+
+    def retire(self, left, deps):
+        while len(self.in_flight) > left:
+            b, a, value = self.in_flight.pop(0)
+            assert np.array_equal(a @ b, value), "overwritten while read"
+            self.unseen.append((b,))
+        return deps[0]
+
+    def barrier(self):
+        if self.barriers:
+            self.unseen, self.waited = [], []
+
+    def check_left(self):
+        for memory in self.memory:
+            for state in memory.flat if memory.dtype == object else ():
+                assert state.expected is None, "a copy outlives its program"
+
+
+class Descriptor:
+    """A TensorDescriptor as the kernel uses it."""
+
+    def __init__(self, real):
+        self.dtype, self.layout, self.block_shape = real.base.dtype, real.layout, real.block_shape
+        matrix = torch.as_strided(real.base, real.shape, real.strides, real.base.storage_offset())
+        self.matrix = matrix.float().numpy()
+
+    def box(self, row, column):
+        got = self.matrix[row : row + self.block_shape[0], column : column + self.block_shape[1]]
+        out = np.zeros(self.block_shape, np.float32)
+        out[: got.shape[0], : got.shape[1]] = got
+        return out
+
+
+class Emulated:
+    """Takes the kernel's place under the launcher."""
+
+    def __init__(self, **machine):
+        self.machine, self.programs = machine, 0
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.launch(grid, args, constants)
+
+    def launch(self, grid, args, constants):
+        assert (constants.pop("num_warps"), constants.pop("enable_fp_fusion")) == (4, True)
+        args = [
+            Pointer(a)
+            if isinstance(a, torch.Tensor)
+            else Descriptor(a)
+            if isinstance(a, module.TensorDescriptor)
+            else a
+            for a in args
+        ]
+        args[KERNEL.arg_names.index("y_ptr")].tensor.fill_(torch.nan)
+        for programs in np.ndindex(*grid):
+            machine = Machine(programs, **self.machine)
+            namespace = vars(module) | machine.names()
+            for name in ("_fetch", "_walk"):
+                code = getattr(module, name).fn.__code__
+                namespace[name] = types.FunctionType(code, namespace)
+            types.FunctionType(KERNEL.fn.__code__, namespace)(*args, **constants)
+            machine.check_left()
+            self.programs += 1
+
+
+def sparse(block, rows, columns, density, dtype):
+    """Values in CSR order, both indices, and the dense matrix; some rows and columns are empty."""
+    mask = torch.rand(rows, columns) < density
+    mask[rows // 2] = False
+    mask[:, columns // 3] = False
+    row, col = mask.nonzero(as_tuple=True)
+    values = integers(len(row), *block, dtype=dtype)
+    blocks = torch.zeros(rows, columns, *block, dtype=dtype)
+    blocks[row, col] = values
+    perm = torch.argsort(col, stable=True)
+    starts = [torch.cat([torch.zeros(1), mask.sum(d).cumsum(0)]).to(torch.int32) for d in (1, 0)]
+    dense = blocks.transpose(1, 2).reshape(rows * block[0], columns * block[1])
+    return values, starts, col.int(), row[perm].int(), perm.int(), dense
+
+
+@pytest.mark.parametrize("ring", [64, 16], ids=["deep", "shallow"])
+@pytest.mark.parametrize("trans", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (16, 64), (64, 16), (8, 64)])
+def test_emulated(block, trans, ring, monkeypatch):
+    if block == (8, 64) and trans:
+        pytest.skip("no such product")
+    reduce, out = edges(block, trans)
+    size = module.WALKERS * max(module._CHUNK_BYTES, 2 * math.prod(block))
+    ring_kb = max(ring, 2 * size // 1024)
+    monkeypatch.setattr(module, "_PROGRAMS", 4)
+    kernel = Emulated()
+    monkeypatch.setattr(module, "_bsr_spmm_resident_kernel", kernel)
+    rows, columns, tokens = (8, 39, 70) if trans else (39, 8, 70)
+    values, (crow, ccol), col, row, perm, w = sparse(block, rows, columns, 0.6, torch.bfloat16)
+    x = integers(tokens, (rows if trans else columns) * reduce, dtype=torch.bfloat16)
+    n_out = 39 * out - 3
+    if trans:
+        got = module.bsr_spmm_t_resident(x, values, ccol, row, perm, n_out, ring_kb=ring_kb)
+        exact = x.float() @ w.float()[:, :n_out]
+    else:
+        bias = integers(2 * n_out, dtype=torch.bfloat16)[::2]
+        got = module.bsr_spmm_resident(x, values, crow, col, bias, n_out, ring_kb=ring_kb)
+        exact = x.float() @ w.float()[:n_out].T + bias.float()
+    assert torch.equal(got, exact.to(torch.bfloat16))
+    assert kernel.programs == 4  # two token tiles, each shared by two programs
+
+
+def test_emulated_odd_inputs(monkeypatch):
+    kernel = Emulated()
+    monkeypatch.setattr(module, "_bsr_spmm_resident_kernel", kernel)
+    values, (crow, _), col, _, _, w = sparse((16, 16), 9, 4, 0.5, torch.float16)
+    wide = integers(130, 80, dtype=torch.float16)
+    for x in (wide[:, 3:67], wide.t()[:64].t()[:64], wide[::2, 8:72], wide[:1, :64]):
+        got = module.bsr_spmm_resident(x, values, crow, col, None, 144)
+        assert torch.equal(got, (x.float() @ w.float().T).half())
+    ran = kernel.programs
+    bias, x = integers(144, dtype=torch.float16), wide[:, :64]
+    empty = module.bsr_spmm_resident(x, values[:0], crow * 0, col[:0], bias, 144)
+    assert torch.equal(empty, bias.expand(130, 144))
+    assert module.bsr_spmm_resident(x[:0], values, crow, col, bias, 144).shape == (0, 144)
+    assert kernel.programs == ran
+
+
+def test_the_emulation_can_fail(monkeypatch):
+    values, (crow, _), col, _, _, _ = sparse((16, 16), 40, 4, 0.8, torch.float16)
+    call = (integers(64, 64, dtype=torch.float16), values, crow, col, None, 640)
+    monkeypatch.setattr(module, "_PROGRAMS", 1)
+    monkeypatch.setattr(module, "_bsr_spmm_resident_kernel", Emulated(barriers=False))
+    with pytest.raises(AssertionError, match=r"overwritten|may still wait"):
+        module.bsr_spmm_resident(*call, ring_kb=32)
+    monkeypatch.setattr(module, "_bsr_spmm_resident_kernel", Emulated())
+    monkeypatch.setattr(Machine, "wait", lambda *_: None)
+    with pytest.raises(AssertionError, match="before it arrived"):
+        module.bsr_spmm_resident(*call, ring_kb=32)
