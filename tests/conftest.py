@@ -1,4 +1,4 @@
-"""Settings of the whole suite: where Triton runs, and determinism."""
+"""Settings of the whole suite: where Triton runs, determinism, and checked kernel launches."""
 
 import importlib.util
 import os
@@ -16,9 +16,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiling else "1")
 
 
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import sanitizer
+
+    sanitizer.install()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _every_launch_sanitized():
+    yield
+    if INTERPRETED:
+        made = sanitizer.counts
+        assert made.started == made.sanitized + made.refused, f"launches went unchecked: {made}"
 
 
 def pytest_collection_modifyitems(items):

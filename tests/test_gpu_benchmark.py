@@ -25,7 +25,10 @@ interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs Triton's interpreter in this process",
 )
-PARTS = ("correctness", "dense", "bsr", "csr", "update", "peers", "probe")
+PARTS = (
+    *("correctness", "dense", "bsr", "csr", "update", "peers", "probe"),
+    *("variants", "resident"),
+)
 KEY = {"device": "cpu", "torch": "x", "triton": "y", "sources": "z", "launch_table": "shipped"}
 
 
@@ -97,6 +100,14 @@ def check_schema(content):
         row["status"] == "ok" or row["status"].startswith("failed: ") for row in rows["peers"]
     )
     assert any(row["status"] == "ok" for row in rows["peers"])
+    assert {row["what"] for row in rows["variants"]} == {
+        *("forward shipped", "forward num_stages=2", "forward pointer"),
+        *("dw shipped", "dw G=1", "dw G=2", "grow kernel"),
+    }
+    assert all(row["status"] == "ok" and row["ratio"] > 0 for row in rows["variants"])
+    assert {row.get("loads") for row in rows["variants"]} == {"tma", "pointer", None}
+    assert all(row["status"].startswith("not run: interpreted") for row in rows["resident"])
+    assert all(row["ms"] is row["ratio_to_general"] is None for row in rows["resident"])
 
 
 SMALL = dataclasses.replace(
@@ -153,6 +164,28 @@ def test_a_case_that_is_wrong_only_at_its_own_size_gets_no_number(monkeypatch):
     found = bench.verdicts(o)
     assert found["forward"] == "ok"
     assert found["dw"] == found["three"] == "incorrect"
+
+
+def test_extra_parts_are_left_out_first(tmp_path, monkeypatch, capsys):
+    from benchmarks.gpu import parts
+
+    core = sum(parts.PARTS[name].seconds for name in parts.DEFAULT if not parts.PARTS[name].extra)
+    assert core <= 570
+    assert [name for name in parts.DEFAULT if parts.PARTS[name].extra] == ["variants", "resident"]
+    long = parts.PARTS["variants"]._replace(seconds=10**6)
+    monkeypatch.setitem(parts.PARTS, "variants", long)
+    monkeypatch.setattr(command, "isolated", lambda *_: None)
+    monkeypatch.setattr(Store, "take_in", lambda *_: {})
+    monkeypatch.setattr(command, "_finish", lambda *_: None)
+    args = command.arguments(
+        ["--out", str(tmp_path), "--parts", "variants", "resident", "correctness"]
+    )
+    monkeypatch.setattr(Store, "part", lambda _self, name: {} if name == "correctness" else None)
+    monkeypatch.setattr(parts, "default_device", lambda _dry: torch.device("cpu"))
+    assert command.run(args) == 0
+    said = capsys.readouterr().out
+    assert "left out variants: it may take 1000000 s" in said
+    assert "left out resident" not in said
 
 
 def test_what_was_not_checked_gets_no_number():

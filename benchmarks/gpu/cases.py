@@ -55,6 +55,9 @@ class Plan:
         rounds: of a timing, at most; its median is reported.
         probe_bytes: of the copy that measures memory bandwidth.
         probe_edge: of the cube that measures the dense rate.
+        variant_shape: of the variants that are compared.
+        variant_blocks: for which variants of forward are compared.
+        group_blocks: the same for dW, and those of the grow kernel.
     """
 
     dry: bool
@@ -80,6 +83,9 @@ class Plan:
     rounds: int
     probe_bytes: int
     probe_edge: int
+    variant_shape: Shape
+    variant_blocks: tuple[int, ...]
+    group_blocks: tuple[int, ...]
 
 
 FULL = Plan(
@@ -110,6 +116,9 @@ FULL = Plan(
     rounds=20,
     probe_bytes=2**32,
     probe_edge=8192,
+    variant_shape=Shape(8192, 4096, 4096),
+    variant_blocks=(128, 64),
+    group_blocks=(64, 32, 16),
 )
 
 DRY = Plan(
@@ -136,6 +145,9 @@ DRY = Plan(
     rounds=1,
     probe_bytes=2**16,
     probe_edge=32,
+    variant_shape=Shape(32, 64, 64),
+    variant_blocks=(64,),
+    group_blocks=(16,),
 )
 
 
@@ -157,6 +169,18 @@ def precision(kind: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill fresh memory with NaN: freed memory may still hold the right result of another run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 @dataclass(frozen=True, eq=False)

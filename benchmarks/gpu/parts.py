@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -34,11 +35,13 @@ class Part(NamedTuple):
     Attributes:
         seconds: a run with less left does not start it. Estimates, not measurements.
         gated: whether it needs the correctness part first.
+        extra: the first to be left out when time is short; a run goes on without it.
     """
 
     run: Callable[[Bench], Iterator[Row]]
     seconds: int
     gated: bool = True
+    extra: bool = False
 
 
 def correctness(bench: Bench) -> Iterator[Row]:
@@ -106,6 +109,16 @@ def kernel_tests(bench: Bench) -> Iterator[Row]:
     yield {"what": "pytest", "status": status, "detail": last[0]}
 
 
+def _from_module(name: str) -> Callable[[Bench], Iterator[Row]]:
+    """A part whose module needs Triton at once: the other parts are imported without it."""
+
+    def run(bench: Bench) -> Iterator[Row]:
+        module = importlib.import_module(f"benchmarks.gpu.{name}")
+        yield from getattr(module, name)(bench)
+
+    return run
+
+
 PARTS = {
     "correctness": Part(correctness, 150, gated=False),
     "dense": Part(speed.dense, 15, gated=False),
@@ -114,6 +127,9 @@ PARTS = {
     "update": Part(update, 60),
     "peers": Part(peers, 90),
     "probe": Part(probe, 25),
+    "variants": Part(_from_module("variants"), 90, extra=True),
+    # last: if it hangs, nobody waits for it
+    "resident": Part(_from_module("resident"), 60, gated=False, extra=True),
     "pytest": Part(kernel_tests, 60, gated=False),
 }
 DEFAULT = tuple(name for name in PARTS if name != "pytest")

@@ -1,0 +1,245 @@
+"""Part `resident`: the product that holds activations in shared memory, on hardware at last.
+
+It may be wrong or hang, so it runs in processes of its own: small cases first, then all of shared
+memory, ragged edges, and last the times. `ratio_to_general` is how many times as fast it is as the
+kernel that runs without it, in turns with it; `smem_ms` is what its reads of shared memory take at
+the model's rate. Nothing depends on this part.
+
+    python -m benchmarks.gpu.resident 0 1 2     # some of its cases, a JSON object each
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.bench import Bench, describe
+from benchmarks.gpu.cases import (
+    Block,
+    Operands,
+    Shape,
+    integers_like,
+    operands,
+    poisoned,
+    random_topology,
+)
+from benchmarks.gpu.correctness import KERNELS, Row, difference, expected, products, short
+from benchmarks.gpu.supervise import LOST_DEVICE, supervised
+from benchmarks.gpu.timing import Clock, CudaClock, take_turns
+from benchmarks.roofline import device_named
+from sparsekern.kernels import tables
+from sparsekern.kernels.launch import arch_class
+from sparsekern.kernels.tables import Key, RingConfig
+
+LIMIT = 100  # seconds of the whole part, come what may
+SILENCE = 35  # of one case, starting and compiling included
+RING_KB = 64
+DENSITY = 0.1
+REPEATS = 200
+ROUNDS = 20
+
+Launch = Callable[[str, Operands, Tensor | None], Tensor]
+
+
+class Case(NamedTuple):
+    """One product.
+
+    Attributes:
+        held: columns of the activations, which lie in shared memory.
+        out: columns of the result.
+        timed: if it is right.
+    """
+
+    operation: str
+    block: Block
+    tokens: int
+    held: int
+    out: int
+    kind: str = "bf16"
+    bias: bool = False
+    timed: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """Of the layer: dX holds dy, so as many columns as the layer has outputs."""
+        forward = self.operation == "forward"
+        K, N = (self.held, self.out) if forward else (self.out, self.held)
+        return Shape(self.tokens, K, N)
+
+    @property
+    def row(self) -> Row:
+        """The columns that name it."""
+        row: Row = {"what": "resident", "operation": self.operation, **self.shape._asdict()}
+        row |= {"block": list(self.block), "kind": self.kind, "density": DENSITY}
+        return row | {"bias": self.bias, "timed": self.timed}
+
+
+def _cases() -> tuple[Case, ...]:
+    """By what they ask of the kernel."""
+    first = [Case("forward", (edge, edge), 512, 256, 1024) for edge in (32, 16, 64)]
+    first += [Case("dx", (32, 32), 512, 256, 1024), Case("forward", (8, 64), 512, 256, 1024)]
+    ragged = [
+        Case("forward", (32, 32), 8191, 1024, 4090, "fp16", bias=True),
+        Case("forward", (16, 16), 8191, 1536, 4096),
+        Case("dx", (32, 32), 8191, 1024, 4090),
+    ]
+    full = [
+        Case(operation, (edge, edge), 8192, held, 4096, timed=True)
+        for edge, sizes in ((32, (1024, 1536)), (16, (1024, 1536)), (64, (1024,)))
+        for held in sizes
+        for operation in ("forward", "dx")
+    ]
+    return (*first, *ragged, *full)
+
+
+CASES = _cases()
+
+
+def resident(bench: Bench) -> Iterator[Row]:
+    """One row per case: ok, incorrect, failed or not run."""
+    reason = _refusal(bench)
+    command = [sys.executable, "-m", "benchmarks.gpu.resident"]
+    until = min(bench.deadline, time.monotonic() + LIMIT)
+    found: Iterator[Row] = (
+        iter([{"status": f"not run: {reason}"}] * len(CASES))
+        if reason
+        else supervised(command, range(len(CASES)), SILENCE, until)
+    )
+    for case, answer in zip(CASES, found, strict=True):
+        yield case.row | {"ms": None, "general_ms": None, "ratio_to_general": None} | answer
+
+
+def _refusal(bench: Bench) -> str:
+    """Why there is nothing to run here; empty if there is."""
+    if bench.device.type != "cuda":
+        return "interpreted, and this kernel is Hopper's own"
+    arch = arch_class(bench.device)
+    return "" if arch == "sm90" else f"a kernel for sm90; got {arch}"
+
+
+def judge(case: Case, device: torch.device, clock: Clock, launch: Launch, repeats: int) -> Row:
+    """Check one case, and time it if it asks for that and is right."""
+    topology = random_topology(case.shape, case.block, DENSITY, device)
+    generator = torch.Generator(device).manual_seed(0)
+    o = operands(case.shape, topology, case.kind, DENSITY, generator)
+    bias = integers_like(o.dy[0], generator) if case.bias else None
+    row = describe(o)
+    detail = _wrong(case, o, bias, launch, repeats)
+    if detail:
+        return row | {"status": "incorrect", "detail": detail}
+    row |= {"status": "ok", "detail": ""}
+    return row | _times(case, o, clock) if case.timed else row
+
+
+def _wrong(case: Case, o: Operands, bias: Tensor | None, launch: Launch, repeats: int) -> str:
+    """Empty if exact on integers, here and through `ops`, and always the same on floats."""
+    integers = o.with_integers(torch.Generator(o.x.device).manual_seed(1))
+    want = expected(case.operation, integers, bias).value.to(o.x.dtype)
+    with poisoned():
+        got = launch(case.operation, integers, bias)
+    wrong = difference(got, want)
+    if wrong:
+        return wrong
+    first = launch(case.operation, o, bias)
+    changed = torch.zeros((), dtype=torch.int64, device=o.x.device)
+    for _ in range(repeats):
+        changed += (launch(case.operation, o, bias) != first).any()
+    if changed:
+        return f"{int(changed)} of {repeats} repeats differ from the first run"
+    if case.block[0] == 8:  # `ops` takes no such block
+        return ""
+    with _through_ops(case, o.x.device), poisoned():
+        wrong = difference(products(integers, "triton", bias)[case.operation](), want)
+    return f"through ops: {wrong}" if wrong else ""
+
+
+def _times(case: Case, o: Operands, clock: Clock) -> Row:
+    """In turns with the general kernel, which must be right as well."""
+    integers = o.with_integers(torch.Generator(o.x.device).manual_seed(1))
+    want = expected(case.operation, integers).value.to(o.x.dtype)
+    with poisoned():
+        wrong = difference(products(integers, "triton")[case.operation](), want)
+    run = products(o, "triton")[case.operation]
+
+    def held() -> Tensor:
+        with _through_ops(case, o.x.device):
+            return run()
+
+    runs = {"held": held} if wrong else {"held": held, "general": run}
+    timing = take_turns(clock, runs, ROUNDS if o.x.is_cuda else 1)
+    ms = timing.ms("held")
+    row: Row = {"ms": ms, "tflops": o.flops / ms / 1e9}
+    if wrong:
+        row["detail"] = f"the general kernel is incorrect: {wrong}"
+    else:
+        ratios = timing.ratios("general", "held")
+        row |= {"general_ms": timing.ms("general"), "ratio_to_general": statistics.median(ratios)}
+    return row | _against_model(case, o, ms)
+
+
+def _against_model(case: Case, o: Operands, ms: float) -> Row:
+    """What `wgmma` reads of both operands for every 64 tokens, at the model's rate."""
+    known = device_named(torch.cuda.get_device_name(o.x.device)) if o.x.is_cuda else None
+    if known is None:
+        return {}
+    reduce, out = case.block[::-1] if case.operation == "forward" else case.block
+    read = o.x.element_size() * -(-case.tokens // 64) * o.topology.nnzb * reduce * (64 + out)
+    smem_ms = 1e3 * read / known.smem
+    return {"smem_ms": smem_ms, "percent_of_smem": 100 * smem_ms / ms}
+
+
+def _through_ops(case: Case, device: torch.device) -> AbstractContextManager[None]:
+    """Send the products of `ops` to the kernel that is looked at."""
+    op = f"{KERNELS[case.operation]}_resident"
+    key = Key(op, "half", str(max(case.block)), "any", "tma")
+    return tables.overridden(arch_class(device), {key: RingConfig(RING_KB)})
+
+
+def launch_held(operation: str, o: Operands, bias: Tensor | None) -> Tensor:
+    """The launcher itself, which raises where `ops` would quietly take the general kernel."""
+    from sparsekern.kernels import bsr_spmm_resident as kernels  # noqa: PLC0415  Gluon is heavy
+
+    t, (N, K) = o.topology, o.topology.shape
+    if operation == "forward":
+        return kernels.bsr_spmm_resident(o.x, o.values, t.crow, t.col, bias, N, ring_kb=RING_KB)
+    return kernels.bsr_spmm_t_resident(o.dy, o.values, t.ccol, t.row, t.perm, K, ring_kb=RING_KB)
+
+
+def main() -> int:
+    """Carry out the cases of these numbers; gives up when the device is lost."""
+    device = torch.device("cuda", 0)
+    clock = CudaClock(device)
+    for number in map(int, sys.argv[1:]):
+        begin, lost = time.monotonic(), False
+        try:
+            with torch.no_grad():
+                found = judge(CASES[number], device, clock, launch_held, REPEATS)
+        except Exception as error:  # reported, and the next case goes on
+            found, lost = {"status": f"failed: {short(error)}"}, _is_lost()
+        found["seconds"] = time.monotonic() - begin
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
+        if lost:
+            return LOST_DEVICE
+    return 0
+
+
+def _is_lost() -> bool:
+    """Whether the device is of no more use to this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Mutants that compute the same as the kernel, each with the reason why no test can tell."""
+
+from typing import NamedTuple
+
+
+class Equivalent(NamedTuple):
+    """Mutants of one function by one operator, wherever the expression stands; no line numbers."""
+
+    function: str
+    operator: str
+    old: str
+    new: str | None  # None: whatever the operator makes of it
+    why: str
+    within: str = ""  # part of the statement, where the expression alone says too little
+
+    def fits(self, mutant):
+        """Whether a mutant is meant."""
+        same = (self.function, self.operator, self.old) == mutant[1:4]
+        return same and self.new in (None, mutant.new) and self.within in mutant.statement
+
+
+NOT_STORED = "lanes that the mask turns off are never stored"
+NOT_LOADED = "lanes that the mask turns off only make addresses that are never read"
+NOT_REACHED = "what is read for no further iteration is never used"
+CHOICE = "only chooses between two ways to the same result"
+NO_SHAPE = "the kernel itself makes zeros, or an empty launch nothing: this saves a launch"
+NEVER_READ = "without a bias its pointer is never read"
+SAME_ZERO = "differs at zero, which is what it is replaced by"
+WORK = "the masks stop what the test would have skipped"
+ALWAYS_FP32 = "in the interpreter kernels store fp32 whatever the dtype"
+PROMOTED = "the first sum promotes the accumulator to fp32 (compiled, it is a type error)"
+FEW_PARTS = "tokens are cut into parts only when a few hundred programs hold the whole output"
+
+EQUIVALENT = (
+    # bsr_spmm
+    Equivalent(
+        "_finish",
+        "other dropped",
+        "tl.load(bias_ptr + n * sb, mask=n < N, other=0.0)",
+        None,
+        NOT_STORED,
+    ),
+    Equivalent("_finish", "comparison", "acc < 0", "acc <= 0", SAME_ZERO),
+    Equivalent(
+        "_bsr_spmm_tma_kernel",
+        "other dropped",
+        "tl.load(perm_ptr + lo, mask=lo < hi, other=0)",
+        None,
+        NOT_REACHED,
+    ),
+    Equivalent(
+        "_bsr_spmm_tma_kernel",
+        "other dropped",
+        "tl.load(index_ptr + lo, mask=lo < hi, other=0)",
+        None,
+        NOT_REACHED,
+    ),
+    Equivalent(
+        "_bsr_spmm_tma_kernel",
+        "other dropped",
+        "tl.load(perm_ptr + t, mask=t < hi, other=0)",
+        None,
+        NOT_REACHED,
+    ),
+    Equivalent(
+        "_bsr_spmm_tma_kernel",
+        "other dropped",
+        "tl.load(index_ptr + t, mask=t < hi, other=0)",
+        None,
+        NOT_REACHED,
+    ),
+    Equivalent(
+        "_bsr_spmm_kernel",
+        "other dropped",
+        "tl.load(index_ptr + t, mask=t < hi, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    Equivalent(
+        "_bsr_spmm_kernel",
+        "other dropped",
+        "tl.load(perm_ptr + t, mask=t < hi, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    Equivalent(
+        "_launch",
+        "condition dropped",
+        "x.shape[1] % reduce == 0 and reduce * x.element_size() >= _TMA_ROW_BYTES "
+        "and tma_fits(x, values.view(-1, bw), y)",
+        "x.shape[1] % reduce == 0 and tma_fits(x, values.view(-1, bw), y)",
+        CHOICE,
+    ),
+    Equivalent(
+        "_launch",
+        "comparison",
+        "reduce * x.element_size() >= _TMA_ROW_BYTES",
+        None,
+        CHOICE,
+    ),
+    # bsr_sddmm
+    Equivalent(
+        "_bsr_sddmm_kernel",
+        "other dropped",
+        "tl.load(col_ptr + t, mask=t < hi, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    Equivalent(
+        "_bsr_sddmm_kernel",
+        "other dropped",
+        "tl.load(dw, mask=(t < hi)[:, None], other=0.0)",
+        None,
+        NOT_STORED,
+    ),
+    Equivalent(
+        "_bsr_sddmm_kernel", "int64 dropped", "tl.program_id(1).to(tl.int64)", None, FEW_PARTS
+    ),
+    Equivalent("_bsr_sddmm_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
+    Equivalent("_bsr_sddmm_tma_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
+    Equivalent("_bsr_sddmm_tma_kernel", "constant", "2", "1", CHOICE, "_sum_blocks("),
+    Equivalent(
+        "bsr_sddmm",
+        "comparison",
+        "out.dtype == output_dtype(out.dtype, _bsr_sddmm_kernel)",
+        None,
+        CHOICE,
+    ),
+    Equivalent(
+        "bsr_sddmm",
+        "branch fixed",
+        "output_dtype(x.dtype, _bsr_sddmm_kernel) if whole else torch.float32",
+        "torch.float32",
+        ALWAYS_FP32,
+    ),
+    Equivalent(
+        "bsr_sddmm", "constant", "0", "1", "a block has 256 elements at least", "dw.numel() > 0"
+    ),
+    Equivalent("_plan", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
+    # bsr_grow
+    Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
+    # csr_sddmm
+    Equivalent("_csr_sddmm_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
+    Equivalent(
+        "_csr_sddmm_kernel",
+        "other dropped",
+        "tl.load(col_ptr + t, mask=live, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    Equivalent(
+        "_csr_sddmm_kernel",
+        "accumulator fp16",
+        "tl.zeros([BN, BM], dtype=tl.float32)",
+        None,
+        PROMOTED,
+    ),
+    Equivalent(
+        "_csr_sddmm_kernel",
+        "conjunct dropped",
+        "live[:, None] & (m < M)[None, :]",
+        "(m < M)[None, :]",
+        NOT_STORED,
+    ),
+    Equivalent(
+        "_csr_sddmm_kernel",
+        "int64 dropped",
+        "tl.arange(0, BM).to(tl.int64)",
+        None,
+        "tokens lie side by side: their stride is 0 or 1",
+    ),
+    Equivalent(
+        "_csr_sddmm_kernel", "int64 dropped", "tl.program_id(1).to(tl.int64)", None, FEW_PARTS
+    ),
+    Equivalent("csr_sddmm", "condition dropped", "nnz == 0 or M == 0", "M == 0", NO_SHAPE),
+    Equivalent(
+        "csr_sddmm",
+        "branch fixed",
+        "output_dtype(x.dtype, _csr_sddmm_kernel) if parts * chunks == 1 else torch.float32",
+        "torch.float32",
+        ALWAYS_FP32,
+    ),
+    Equivalent(
+        "csr_sddmm", "comparison", "parts * chunks == 1", None, ALWAYS_FP32, "dtype = output_dtype"
+    ),
+    Equivalent(
+        "csr_sddmm",
+        "branch fixed",
+        "dw[0, 0] if parts * chunks == 1 else dw.flatten(0, 1).sum(0)",
+        "dw.flatten(0, 1).sum(0)",
+        CHOICE,
+    ),
+    # csr_spmm
+    Equivalent(
+        "_csr_spmm_kernel",
+        "other dropped",
+        "tl.load(order_ptr + rank, mask=in_n, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    Equivalent(
+        "_csr_spmm_kernel",
+        "mask dropped",
+        "tl.load(start_ptr + n, mask=in_n, other=0)",
+        None,
+        "lanes beyond the matrix read row 0, which exists",
+    ),
+    Equivalent(
+        "_csr_spmm_kernel",
+        "other dropped",
+        "tl.load(index_ptr + t, mask=live, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    Equivalent(
+        "_csr_spmm_kernel",
+        "accumulator fp16",
+        "tl.zeros([BN, BM], dtype=tl.float32)",
+        None,
+        PROMOTED,
+    ),
+    Equivalent("_csr_spmm_kernel", "comparison", "acc < 0", "acc <= 0", SAME_ZERO),
+    Equivalent("_launch", "branch fixed", "x if bias is None else bias", "bias", NEVER_READ),
+)

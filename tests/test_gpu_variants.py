@@ -1,0 +1,207 @@
+"""Parts `variants` and `resident` of `benchmarks.gpu` without a GPU: what they try and refuse."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks.gpu import cases, report  # noqa: E402
+
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton's interpreter in this process",
+)
+
+
+def bench_of(plan):
+    from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.correctness import Gate
+
+    return Bench(plan, torch.device("cpu"), Gate([]))
+
+
+@interpreted
+@pytest.mark.slow
+def test_a_variant_that_is_wrong_or_has_no_room_gets_no_number(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from benchmarks.gpu.variants import variants
+    from sparsekern.kernels import bsr_spmm, tables
+    from sparsekern.ops import triton as backend
+
+    def full(*_args):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    def wrong_by_twos(dy, *args, out=None):
+        found = right(dy, *args, out=out)
+        return found * 2 if tables.find("sm90", *key, tma=False)[0].LANES == 32 else found
+
+    key, right = ("sddmm", "half", 16, "any"), backend.bsr_sddmm
+    before = dict(tables.table("sm90"))
+    monkeypatch.setattr(bsr_spmm, "_launch_pointer", full)
+    monkeypatch.setattr(backend, "bsr_sddmm", wrong_by_twos)
+    rows = {row["what"]: row for row in variants(bench_of(cases.DRY))}
+    assert rows["forward pointer"]["status"] == "out of resources"
+    assert "Required: 300000" in report.line(rows["forward pointer"])
+    assert rows["dw G=2"]["status"] == "incorrect"
+    assert "differ" in rows["dw G=2"]["detail"]
+    for name in ("forward pointer", "dw G=2"):
+        assert rows[name]["ms"] is rows[name]["ratio"] is None
+        assert "tflops" not in rows[name]
+    for name in ("forward shipped", "forward num_stages=2", "dw shipped", "dw G=1", "grow kernel"):
+        assert rows[name]["status"] == "ok"
+        assert rows[name]["ms"] > 0
+    assert tables.table("sm90") == before  # what was taken away is back
+
+
+@interpreted
+def test_a_variant_must_be_what_is_launched():
+    from benchmarks.gpu import variants
+    from sparsekern.kernels.tables import Key, SddmmConfig
+
+    o = bench_of(cases.DRY).operands(cases.Shape(16, 32, 32), (16, 16), 0.5, "bf16")
+    run = variants.products(o, "triton")["dw"]
+    trial = variants.Trial(
+        "other", Key("sddmm", "half", "32", "any", "pointer"), SddmmConfig(64, 128, 4, 3)
+    )
+    status, _ = variants._verdict("sm90", trial, run, torch.zeros(()))
+    assert status == "not run: the launch does not read sddmm/half/32/any/pointer"
+
+
+def test_all_variants_of_a_full_run():
+    pytest.importorskip("triton")
+    from benchmarks.gpu import variants
+
+    found = {}
+    for edge in (128, 64, 32, 16):
+        topology = cases.random_topology(
+            cases.FULL.variant_shape, (edge, edge), 0.1, torch.device("cpu")
+        )
+        nothing = torch.empty(0, 0, dtype=torch.bfloat16)
+        o = cases.Operands(topology, "bf16", 0.1, nothing, nothing, nothing)
+        forward = variants._forward_trials(o, few=False) if edge >= 64 else []
+        dw = variants._dw_trials(o, few=False) if edge <= 64 else []
+        found |= {(edge, trial.name): trial for trial in forward + dw}
+    assert 25 <= len(found) <= 36
+    assert {name for edge, name in found if edge == 64} == {
+        *("shipped", "num_stages=2", "num_stages=4", "num_stages=5", "SWAP=True", "BM=256"),
+        *("GROUP=1", "GROUP=4", "GROUP=16", "as long rows", "pointer", "G=1", "G=2", "G=8"),
+    }
+    assert found[64, "G=8"].config.LANES == 512
+    assert found[64, "G=8"].config.num_warps == 8
+    assert found[16, "G=1"].config.num_warps == found[16, "shipped"].config.num_warps
+    assert found[64, "pointer"].key.loads == "pointer"
+    assert found[64, "shipped"].key.loads == found[64, "G=8"].key.loads == "tma"
+
+
+@interpreted
+@pytest.mark.parametrize("operation", ["forward", "dx"])
+def test_the_resident_kernel_gets_a_number_only_if_right(operation, monkeypatch):
+    from benchmarks.gpu import resident
+    from benchmarks.gpu.correctness import products
+    from benchmarks.gpu.timing import HostClock
+
+    monkeypatch.setattr(resident, "DENSITY", 0.5)
+    case = resident.Case(operation, (16, 16), 16, 32, 32, bias=operation == "forward", timed=True)
+    calls = 0
+
+    def right(operation, o, bias):
+        return products(o, "triton", bias)[operation]()
+
+    def unsteady(*args):
+        nonlocal calls
+        calls += 1
+        return right(*args) + (calls == 3)
+
+    def judged(launch):
+        found = resident.judge(case, torch.device("cpu"), HostClock(), launch, 2)
+        return {"ms": None} | found
+
+    row = judged(right)
+    assert row["status"] == "ok"
+    assert row["ms"] > 0
+    assert row["ratio_to_general"] > 0
+    row = judged(lambda *args: right(*args) + 1)
+    assert (row["status"], row["ms"]) == ("incorrect", None)
+    assert "differ, first at" in row["detail"]
+    row = judged(unsteady)
+    assert (row["status"], row["ms"]) == ("incorrect", None)
+    assert row["detail"] == "1 of 2 repeats differ from the first run"
+
+
+MISFITS = """
+from benchmarks.gpu import cases, resident
+from sparsekern.kernels.bsr_spmm_resident import resident_fits
+
+print([
+    case
+    for case in resident.CASES
+    if not resident_fits(
+        "sm90", cases.DTYPES[case.kind], case.block, case.held, case.operation == "dx"
+    )
+])
+"""
+
+
+def test_the_resident_cases_fit_and_come_in_order():
+    pytest.importorskip("triton.experimental.gluon")
+    from benchmarks.gpu import resident
+
+    done = subprocess.run(
+        [sys.executable, "-c", MISFITS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"},  # Gluon can't be interpreted
+    )
+    assert done.stdout.strip() == "[]"
+    first = resident.CASES[0]
+    assert (first.operation, first.block, first.held) == ("forward", (32, 32), 256)
+    assert [case.timed for case in resident.CASES] == sorted(c.timed for c in resident.CASES)
+
+
+WORKER = """
+import json, os, sys, time
+for n in map(int, sys.argv[1:]):
+    if n == 1:
+        print("died of it", file=sys.stderr, flush=True)
+        os._exit(9)
+    if n == 3:
+        time.sleep(60)
+    print("a warning")
+    print(json.dumps({"status": "ok", "n": n}), flush=True)
+    if n == 4:
+        sys.exit(75)
+"""
+
+
+def test_cases_outlive_the_workers_that_die_of_them():
+    import time
+
+    from benchmarks.gpu.supervise import supervised
+
+    begin = time.monotonic()
+    found = list(supervised([sys.executable, "-c", WORKER], range(6), 3.0, begin + 60))
+    assert [row.get("n") for row in found] == [0, None, 2, None, 4, 5]
+    assert found[1]["status"] == "failed: exit 9: died of it"
+    assert found[3]["status"] == "failed: no answer after 3 s"
+    assert time.monotonic() - begin < 30
+
+    found = list(
+        supervised([sys.executable, "-c", "raise SystemExit(4)"], range(5), 3.0, begin + 60)
+    )
+    assert [row["status"] for row in found] == [
+        *["failed: exit 4: "] * 4,
+        "not run: 4 processes died before it",
+    ]
+    found = list(supervised([sys.executable, "-c", WORKER], [0, 3], 30.0, time.monotonic() + 2))
+    assert [row["status"] for row in found][-1] == "not run: out of time"
