@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 # Everything that needs no GPU: kernels run in Triton's interpreter.
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore=tests/aot -n $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore=tests/aot -n $(WORKERS) --dist worksteal
 
 # Formatting, lint and types.
 check: $(STAMP)
@@ -39,7 +39,7 @@ check: $(STAMP)
 
 # Compile every kernel for sm_80, sm_90 and sm_100, without a GPU, and look at the machine code.
 aot: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/aot -n $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/aot -n $(WORKERS) --dist worksteal
 
 # Compile them anew and write down what they use: tests/aot/kernels.lock.
 lock: $(STAMP)

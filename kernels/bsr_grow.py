@@ -30,7 +30,7 @@ NORMS = ("l1", "l2", "max")
 _GROUP = 8  # tiles of rows walked together
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R", "C"])
 def _bsr_grow_kernel(
     dy,  # (M, N): pointer with strides sym, syn, or descriptor with tiles of (BM, TN)
     x,  # (M, K): pointer with strides sxm, sxk, or descriptor with tiles of (BM, TK)

@@ -60,7 +60,8 @@ def _group_of_program(crow_ptr, pid, R, G: tl.constexpr):
     return left, lo, tl.load(crow_ptr + left + 1)
 
 
-@triton.jit
+# a new number of tokens must not mean a new compilation
+@triton.jit(do_not_specialize=["M", "R", "span"])
 def _bsr_sddmm_kernel(
     dy_ptr,  # (M, N), strides sym, syn
     x_ptr,  # (M, K), strides sxm, sxk
@@ -169,7 +170,7 @@ def _sum_blocks(
             tl.store(dw, acc.to(dw_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R", "span"])
 def _bsr_sddmm_tma_kernel(
     dy_desc,  # (M, N) in tiles of (BM, BH)
     x_desc,  # (M, K) in tiles of (BM, BW)
@@ -241,10 +242,11 @@ def bsr_sddmm(
         `out` if it is given.
     """
     plan = _plan(dy, x, crow, col, block)
-    # only a finished sum can be added to, and only where the kernel may store the dtype of `out`
+    # only a finished sum can be added to, in fp32, where the kernel may store the dtype of `out`
     added = (
         out is not None
         and plan.parts == 1
+        and out.dtype != torch.float64
         and out.dtype == output_dtype(out.dtype, _bsr_sddmm_kernel)
     )
     if out is not None and added:

@@ -68,7 +68,8 @@ def _finish(acc, bias_ptr, n, N, sb, HAS_BIAS: tl.constexpr, RELU: tl.constexpr)
     return acc
 
 
-@triton.jit
+# a new number of tokens must not mean a new compilation
+@triton.jit(do_not_specialize=["M", "R"])
 def _bsr_spmm_kernel(
     x_ptr,  # (M, K), strides sxm, sxk
     w_ptr,  # (nnzb, IN, OUT) read through the strides that TRANS sets
@@ -132,7 +133,7 @@ def _bsr_spmm_kernel(
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R"])
 def _bsr_spmm_tma_kernel(
     x_desc,  # (M, K) in tiles of (BM, BK)
     w_desc,  # (nnzb * BH, BW) in tiles of (OUT, BK), or (BK, OUT) if TRANS

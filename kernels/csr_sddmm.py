@@ -6,11 +6,11 @@ gradient of block (1, 1).
 FLOPs: 2 * M * nnz.
 Bytes from L1 or L2, s = element size: s * M * nnz * (1 + 1 / BN), BN entries of a row sharing its
 column of dy. Bytes from HBM, at least: s * (M * (N + K) + nnz); when tokens are not side by side
-in memory, 2 * s * M * (N + K) more for the copies in which they are, and 8 * S * nnz when the
-tokens are summed in S > 1 parts.
+in memory, 2 * s * M * (N + K) more for the copies in which they are, made and used chunk by chunk,
+and 8 * S * nnz for each chunk when its tokens are summed in S > 1 parts.
 
 One program makes up to BN neighbouring entries of one row: lanes sum over tokens in order, then
-across lanes in a fixed tree, then parts in order; no atomics.
+across lanes in a fixed tree, then chunks and parts in order; no atomics.
 """
 
 # triton decorates without types
@@ -51,6 +51,7 @@ def _csr_sddmm_kernel(
     sxk,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     r, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), N, BN)
     if lo < hi:
@@ -70,11 +71,18 @@ def _csr_sddmm_kernel(
             acc += dy[None, :] * x
         dw = tl.sum(acc, axis=1)
         slot = tl.program_id(1).to(tl.int64) * nnz + t
+        if ADD:
+            dw += tl.load(dw_ptr + slot, mask=live, other=0.0).to(tl.float32)
         tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=live)
 
 
 def csr_sddmm(
-    dy: torch.Tensor, x: torch.Tensor, crow: torch.Tensor, col: torch.Tensor
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`dw = (dyᵀ x)` at the active entries.
 
@@ -83,22 +91,22 @@ def csr_sddmm(
         x: (M, K), any strides; dy's dtype.
         crow: (N + 1,) int32.
         col: (nnz,) int32.
+        out: (nnz, 1, 1), any float dtype: dw is added to it in place.
 
     Returns:
-        (nnz, 1, 1), contiguous, x's dtype.
+        (nnz, 1, 1), contiguous, x's dtype; `out` if it is given.
     """
     (M, N), nnz = dy.shape, col.numel()
-    if nnz == 0 or M == 0:
-        return x.new_zeros(nnz, 1, 1)
     arch = arch_class(x.device)
     tile, _ = find(arch, "csr_sddmm", compute_kind(x.dtype), "any", "any", tma=False)
     chunk = min(M, token_chunk(N + x.shape[1], tile.BM))
     programs = nnz // tile.BN + N
     parts = splits(arch, programs, triton.cdiv(chunk, tile.BM))
     span = triton.cdiv(triton.cdiv(chunk, parts), tile.BM) * tile.BM
-    chunks = triton.cdiv(M, chunk)
-    dtype = output_dtype(x.dtype, _csr_sddmm_kernel) if parts * chunks == 1 else torch.float32
-    dw = x.new_empty(chunks, parts, nnz, dtype=dtype)
+    # rounded once: after the last chunk and part, and with what `out` holds
+    whole = out is None and parts == 1 and chunk == M
+    dtype = output_dtype(x.dtype, _csr_sddmm_kernel) if whole else torch.float32
+    dw = x.new_empty(parts, nnz, dtype=dtype)
     for i, (dys, xs) in enumerate(zip(dy.split(chunk), x.split(chunk), strict=True)):
         dyt, xt = tokens_contiguous(dys), tokens_contiguous(xs)
         with torch.cuda.device_of(x):
@@ -107,7 +115,7 @@ def csr_sddmm(
                 xt,
                 crow,
                 col,
-                dw[i],
+                dw,
                 len(xs),
                 N,
                 nnz,
@@ -116,8 +124,9 @@ def csr_sddmm(
                 *xt.stride(),
                 BM=tile.BM,
                 BN=tile.BN,
+                ADD=i > 0,
                 num_warps=tile.num_warps,
                 enable_fp_fusion=True,
             )
-    total = dw[0, 0] if parts * chunks == 1 else dw.flatten(0, 1).sum(0)
-    return total.to(x.dtype).view(nnz, 1, 1)
+    total = (dw[0] if parts == 1 else dw.sum(0)).view(nnz, 1, 1)
+    return total.to(x.dtype) if out is None else out.add_(total)

@@ -6,9 +6,11 @@ Shapes: x (M, K), w (N, K) held as values (nnz, 1, 1) at the active entries, y (
 FLOPs: 2 * M * nnz.
 Bytes from L1 or L2, s = element size: s * M * nnz for x, ceil(M / BM) * nnz * (s + 4) for values
 and indices (+ 4 through perm), s * M * N out. Bytes from HBM, at least: s * (M * K + M * N + nnz);
-when tokens are not side by side in memory, 2 * s * M * K more for the copy in which they are.
+when tokens are not side by side in memory, 2 * s * M * K more for the copy in which they are, and
+2 * s * M * N to turn the result back; both copies are made and used chunk by chunk.
 
-Neighbouring lanes hold neighbouring tokens, so a gathered column of x is one run of memory. One
+Neighbouring lanes hold neighbouring tokens, so a gathered column of x is one run of memory, and so
+is a row of the transposed result: stored as it is returned, each number would be a sector. One
 program makes BM tokens times BN rows; each row is summed in order by itself, without atomics. The
 rows of a program are neighbours in length, not in place, as in Sputnik's row swizzle (Gale et al.
 2020, section 5): a program runs as long as its longest row.
@@ -36,7 +38,7 @@ def _csr_spmm_kernel(
     perm_ptr,  # (nnz,) int32: slot in v; read only if TRANS
     order_ptr,  # (N,) int32: rows, longest first
     bias_ptr,  # (N,), stride sb; read only if HAS_BIAS
-    y_ptr,  # (M, N), contiguous
+    y_ptr,  # (N, M), contiguous
     M,
     N,
     sxm,
@@ -76,7 +78,7 @@ def _csr_spmm_kernel(
         acc += b.to(tl.float32)[:, None]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # unlike a maximum, this keeps NaN
-    y = y_ptr + m[None, :] * N + n[:, None]
+    y = y_ptr + n.to(tl.int64)[:, None] * M + m[None, :]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & (m < M)[None, :])
 
 
@@ -149,10 +151,11 @@ def _launch(
         return y.to(x.dtype)
     op, kind = "csr_spmm" if perm is None else "csr_spmm_t", compute_kind(x.dtype)
     tile, _ = find(arch_class(x.device), op, kind, "any", "any", tma=False)
-    chunk = token_chunk(K, tile.BM)
+    chunk = token_chunk(max(K, n_out), tile.BM)
     values = values.contiguous()
     for m in range(0, M, chunk):
         xs, ys = tokens_contiguous(x[m : m + chunk]), y[m : m + chunk]
+        yt = y.new_empty(n_out, len(ys))
         with torch.cuda.device_of(x):
             _csr_spmm_kernel[(triton.cdiv(len(ys), tile.BM) * triton.cdiv(n_out, tile.BN),)](
                 xs,
@@ -162,7 +165,7 @@ def _launch(
                 index if perm is None else perm,
                 order,
                 x if bias is None else bias,
-                ys,
+                yt,
                 len(ys),
                 n_out,
                 *xs.stride(),
@@ -176,4 +179,5 @@ def _launch(
                 num_warps=tile.num_warps,
                 enable_fp_fusion=True,
             )
+        ys.copy_(yt.t())
     return y.to(x.dtype)

@@ -30,8 +30,8 @@ BLOCK_EDGES = (16, 32, 64, 128)
 # then stays near the L2 cache of a data-center GPU, and its memory does not grow with the batch
 CHUNK_ELEMENTS = 1 << 24
 
-# programs that fill each class of GPU twice over; below it a reduction over tokens is split
-_FILL = {"sm80": 216, "sm90": 264, "sm100": 296}
+# three programs to each multiprocessor; below it a reduction over tokens is split
+_FILL = {"sm80": 324, "sm90": 396, "sm100": 444}
 _MAX_SPLITS = 16
 
 # active lanes in a block row below which the start and the end of a program outweigh its loop
@@ -50,6 +50,8 @@ def is_interpreted(kernel: object) -> bool:
 
 @cache
 def _arch_of(index: int) -> str:
+    if torch.version.hip:  # its capabilities are numbered alike and mean something else
+        return "sm80"
     major = torch.cuda.get_device_capability(index)[0]
     return {9: "sm90", 10: "sm100"}.get(major, "sm80")
 
@@ -63,7 +65,8 @@ def arch_class(device: torch.device) -> str:
 
 def input_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s input_precision: IEEE products of fp32 unless torch was told to allow TF32."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    # the older `get_float32_matmul_precision` raises once this newer setting has been used
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32"
 

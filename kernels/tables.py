@@ -31,6 +31,7 @@ __all__ = [
     "ENVIRONMENT",
     "OPTIONAL",
     "CsrConfig",
+    "CsrSddmmConfig",
     "GrowConfig",
     "Key",
     "RingConfig",
@@ -106,11 +107,19 @@ class GrowConfig(NamedTuple):
 
 
 class CsrConfig(NamedTuple):
-    """Tile of a CSR kernel: BM tokens, BN rows (spmm) or entries (sddmm), UNROLL entries a step."""
+    """Tile of a CSR product: BM tokens by BN rows, UNROLL entries of each row a step."""
 
     BM: int
     BN: int
     UNROLL: int
+    num_warps: int
+
+
+class CsrSddmmConfig(NamedTuple):
+    """Tile of a CSR sampled product: BM tokens by BN entries of one row."""
+
+    BM: int
+    BN: int
     num_warps: int
 
 
@@ -120,7 +129,7 @@ class RingConfig(NamedTuple):
     RING_KB: int
 
 
-Config = SpmmConfig | SddmmConfig | GrowConfig | CsrConfig
+Config = SpmmConfig | SddmmConfig | GrowConfig | CsrConfig | CsrSddmmConfig
 
 CONFIGS: dict[str, type[Any]] = {
     "spmm": SpmmConfig,
@@ -129,7 +138,7 @@ CONFIGS: dict[str, type[Any]] = {
     "grow": GrowConfig,
     "csr_spmm": CsrConfig,
     "csr_spmm_t": CsrConfig,
-    "csr_sddmm": CsrConfig,
+    "csr_sddmm": CsrSddmmConfig,
 }
 """Fields of each operation's entries."""
 

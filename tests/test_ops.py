@@ -219,6 +219,83 @@ def test_sddmm_refuses_an_out_that_does_not_fit():
         ops.sddmm(dy, x, topology, out=torch.zeros(64, 1, 1)[::2])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_relu_lets_no_infinite_gradient_through_where_it_clamped(impl):
+    topology = Topology.random((4, 4), sparsity=0)
+    x = torch.tensor([[-1.0, -1, -1, -1]], requires_grad=True)
+    y = ops.spmm(x, torch.ones(16, 1, 1), topology, activation="relu", impl=impl)
+    y.backward(torch.full((1, 4), torch.inf))
+    assert torch.equal(x.grad, torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sddmm_into_out_is_seen_by_autograd_and_leaves_no_graph(impl):
+    topology = Topology.random((40, 33), 16, sparsity=0.5)
+    dy, x = torch.ones(5, 40, requires_grad=True), torch.ones(5, 33, requires_grad=True)
+    out = torch.ones(topology.values_shape)
+    with pytest.raises(ConfigError, match="`out` must not require a gradient"):
+        ops.sddmm(dy, x, topology, out=out.clone().requires_grad_(), impl=impl)
+    scale = torch.ones((), requires_grad=True)
+    product = scale * out  # keeps `out` for its backward pass
+    assert not ops.sddmm(dy, x, topology, out=out, impl=impl).requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_grow_scores_keep_no_graph(impl):
+    topology = Topology.random((40, 33), 16, sparsity=0.5)
+    dy, x = torch.ones(5, 40, requires_grad=True), torch.ones(5, 33, requires_grad=True)
+    found = ops.grow_scores(dy, x, topology, 2, impl=impl)
+    assert not any(t.requires_grad for t in found)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("norm", ops.NORMS)
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")  # numpy's
+def test_what_is_not_finite_shows_without_active_blocks_too(impl, bad, norm):
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    mask[:16] = False
+    topology = Topology.from_mask(mask, 16)
+    dy, x = torch.ones(3, 64), torch.ones(3, 64)
+    dy[1, 5] = bad
+    found = ops.grow_scores(dy, x, topology, 2, norm=norm, impl=impl)
+    assert found.active.isfinite().all()
+    assert not found.is_finite()
+
+
+def test_the_density_has_no_say_in_grow_scores(monkeypatch):
+    asked = []
+    real = ops.resolve
+    monkeypatch.setattr(ops, "resolve", lambda *args: asked.append(args[4:]) or real(*args))
+    topology = Topology.random((40, 33), 4, sparsity=0.1)
+    ops.grow_scores(torch.ones(5, 40), torch.ones(5, 33), topology, 2)
+    ops.spmm(torch.ones(5, 33), torch.ones(topology.values_shape), topology)
+    assert asked == [(), (topology.block_density,)]
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")
+def test_either_way_of_allowing_tf32_is_understood():
+    from sparsekern.kernels.launch import compute_kind
+
+    assert compute_kind(torch.float32) == "ieee"
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for said, kind in (("tf32", "tf32"), ("ieee", "ieee")):
+            settings.fp32_precision = said
+            assert compute_kind(torch.float32) == kind
+            assert compute_kind(torch.bfloat16) == "half"
+    finally:
+        settings.fp32_precision = before
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert compute_kind(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")
 @pytest.mark.parametrize("norm", ops.NORMS)
 @pytest.mark.parametrize(("shape", "block"), [((70, 90), 16), ((64, 100), (32, 64))])

@@ -35,7 +35,7 @@ def test_random_is_valid_exact_and_survives_every_round_trip(shape, block, spars
     dense = torch.randn(shape) * mask
     assert torch.equal(topology.unpack(topology.pack(dense)), dense)
     assert topology.nbytes == 4 * (
-        topology.block_rows + topology.block_cols + 2 + 3 * topology.nnzb
+        2 * topology.block_rows + 2 * topology.block_cols + 2 + 3 * topology.nnzb
     )
 
 

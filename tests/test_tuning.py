@@ -44,7 +44,7 @@ ILLEGAL = {
     "lanes": ("sddmm/half/64/any/tma", SddmmConfig(64, 32, 4, 3)),
     "narrow": ("grow/half/any/any/tma", GrowConfig(64, 256, 64, 8, 3)),
     "box": ("grow/half/any/any/tma", GrowConfig(128, 512, 16, 8, 2)),
-    "unroll": ("csr_sddmm/half/any/any/pointer", CsrConfig(128, 32, 2, 4)),
+    "unroll": ("csr_spmm/half/any/any/pointer", CsrConfig(128, 16, 16, 4)),
     "csr-registers": ("csr_spmm/half/any/any/pointer", CsrConfig(512, 128, 1, 4)),
 }
 

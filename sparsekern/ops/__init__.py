@@ -109,7 +109,9 @@ def sddmm(
     _check_values(out, topology)
     if not out.is_contiguous():
         raise ShapeError(f"`out` must be contiguous; got strides {out.stride()}")
-    library.sddmm_add(out, *flat, *rest)
+    if out.requires_grad:
+        raise ConfigError("`out` must not require a gradient: it is written in place")
+    library.sddmm_add(out, *(t.detach() for t in flat), *rest)
     return out
 
 
@@ -146,11 +148,13 @@ def grow_scores(
         _check_operand("dy", one_dy, topology.shape[0], one_x)
         _check_tokens(one_dy, one_x)
         _check_device(topology, one_x)
-    dys, xs = ([t.reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
+    # a graph would keep every slab
+    dys, xs = ([t.detach().reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
     if reduce is not None:
         return stream_grow_scores(dys, xs, topology, k, norm, reduce)
-    rest = *library.parts(topology), k, norm, _implementation(impl, xs[0], topology)
-    return GrowScores(*library.grow_scores(dys, xs, *rest))
+    # the gradient is dense whatever the density
+    impl = resolve(impl, xs[0].device, xs[0].dtype, topology.block)
+    return GrowScores(*library.grow_scores(dys, xs, *library.parts(topology), k, norm, impl))
 
 
 def _implementation(impl: str | None, like: Tensor, topology: Topology) -> str:

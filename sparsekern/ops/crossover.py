@@ -10,8 +10,6 @@ fetch activations more often for each FLOP, so they lose to dense products earli
 
 from __future__ import annotations
 
-import torch
-
 _SAME: dict[int, float] = {16: 0.15, 32: 0.3, 64: 0.5, 128: 0.8}
 
 DENSE_ABOVE: dict[str, dict[int, float]] = {
@@ -22,17 +20,10 @@ DENSE_ABOVE: dict[str, dict[int, float]] = {
 """Kind of operands -> smaller edge of the block -> share of blocks above which dense wins.
 
 Kinds: "half" for float16 and bfloat16; "tf32" and "ieee" for float32 with and without tensor
-cores, as `torch.set_float32_matmul_precision` says.
+cores, as `torch.set_float32_matmul_precision` says (`sparsekern.kernels.launch.compute_kind`).
 """
 
 
-def kind_of(dtype: torch.dtype) -> str:
-    """Key of `DENSE_ABOVE` for a dtype of two or four bytes."""
-    if dtype.itemsize == 2:
-        return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def dense_wins(dtype: torch.dtype, block: tuple[int, int], density: float) -> bool:
+def dense_wins(kind: str, block: tuple[int, int], density: float) -> bool:
     """Whether the table gives a product with this share of active blocks to the dense path."""
-    return density > DENSE_ABOVE[kind_of(dtype)][min(block)]
+    return density > DENSE_ABOVE[kind][min(block)]

@@ -95,7 +95,7 @@ def resolve(
         if device.type == "cpu":
             return "cpu"
         covered = device.type == "cuda" and dtype in _TRITON_DTYPES and _triton_covers(block)
-        return "triton" if covered and not dense_wins(dtype, block, density) else "dense"
+        return "triton" if covered and not _dense_wins(dtype, block, density) else "dense"
     if impl == "cpu" and device.type != "cpu":
         raise DeviceError(f"impl='cpu' needs CPU tensors; got {device}")
     if impl == "triton":
@@ -115,6 +115,12 @@ def _triton_covers(block: tuple[int, int]) -> bool:
     from sparsekern.kernels.launch import supported  # noqa: PLC0415  triton is optional
 
     return supported(block)
+
+
+def _dense_wins(dtype: torch.dtype, block: tuple[int, int], density: float) -> bool:
+    from sparsekern.kernels.launch import compute_kind  # noqa: PLC0415  triton is optional
+
+    return dense_wins(compute_kind(dtype), block, density)
 
 
 def _check_triton(device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> None:

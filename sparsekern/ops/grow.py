@@ -89,7 +89,7 @@ def _pick(scores: Tensor, topology: Topology, k: int) -> GrowScores:
     at = topology.positions()
     active = scores[at]
     # NaN must stay visible in `active`; elsewhere it is caught by counting it as +inf
-    scores = scores.nan_to_num_(nan=torch.inf)
+    scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     scores[at] = -torch.inf
     best = StreamedTopK(k, active)
     best.push(scores, 0)
@@ -133,7 +133,7 @@ def stream_grow_scores(
         at = local + topology.col[lo:hi]
         active[lo:hi] = scores[at]
         # NaN must stay visible in `active`; elsewhere it is caught by counting it as +inf
-        scores = scores.nan_to_num_(nan=torch.inf)
+        scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
         scores[at] = -torch.inf
         best.push(scores, first * topology.block_cols)
     return GrowScores(active, *best.result())

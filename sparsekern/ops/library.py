@@ -66,7 +66,10 @@ def _sddmm(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 def _sddmm_add(out: Tensor, dy: Tensor, x: Tensor, *rest: Any) -> None:
     *parts, impl = rest
-    backend(impl).sddmm(dy, x, _topology(*parts), out=out)
+    with torch.no_grad():
+        backend(impl).sddmm(dy, x, _topology(*parts), out=out)
+    if impl == "triton":  # a kernel writes unseen: whoever saved `out` must notice
+        torch.autograd.graph.increment_version(out)
 
 
 def _spmm_backward(dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -177,7 +180,7 @@ class _Spmm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (x, values, *clamped), rest = _restore(ctx)
         if clamped:  # the derivative of max(y, 0) can be read off its result
-            dy = dy * (clamped[0] > 0)
+            dy = torch.ops.aten.threshold_backward(dy, clamped[0], 0)
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = None
         if needs_x and needs_values:
@@ -228,8 +231,11 @@ class _SpmmBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gx: Tensor, gw: Tensor) -> tuple[Any, ...]:
         (dy, x, values), rest = _restore(ctx)
-        d_dy = _plain_spmm(gx, values, rest) + _plain_spmm(x, gw, rest)
-        return d_dy, spmm_t(dy, gw, *rest), sddmm(dy, gx, *rest), *_NO_GRADS
+        needs_dy, needs_x, needs_values = ctx.needs_input_grad[:3]
+        d_dy = _plain_spmm(gx, values, rest) + _plain_spmm(x, gw, rest) if needs_dy else None
+        d_x = spmm_t(dy, gw, *rest) if needs_x else None
+        d_values = sddmm(dy, gx, *rest) if needs_values else None
+        return d_dy, d_x, d_values, *_NO_GRADS
 
 
 for _name, _function in (

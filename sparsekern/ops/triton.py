@@ -29,10 +29,9 @@ def spmm_t(dy: Tensor, values: Tensor, topology: Topology) -> Tensor:
 
 def sddmm(dy: Tensor, x: Tensor, topology: Topology, *, out: Tensor | None = None) -> Tensor:
     """dw = dyᵀ x at active blocks: (nnzb, bh, bw); added to `out` if it is given."""
-    if topology.block != (1, 1):
-        return bsr_sddmm(dy, x, topology.crow, topology.col, topology.block, out=out)
-    dw = csr_sddmm(dy, x, topology.crow, topology.col)
-    return dw if out is None else out.add_(dw)
+    if topology.block == (1, 1):
+        return csr_sddmm(dy, x, topology.crow, topology.col, out=out)
+    return bsr_sddmm(dy, x, topology.crow, topology.col, topology.block, out=out)
 
 
 def backward(dy: Tensor, x: Tensor, values: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsekern.kernels.tables import Config, CsrConfig, GrowConfig, Key, SddmmConfig, SpmmConfig
+from sparsekern.kernels.tables import (
+    Config,
+    CsrConfig,
+    CsrSddmmConfig,
+    GrowConfig,
+    Key,
+    SddmmConfig,
+    SpmmConfig,
+)
 
 LIMIT = 12
 """Candidates of one key, the current configuration among them."""
@@ -19,6 +27,18 @@ _DESCRIPTOR_EDGE = 256  # a side of a tensor descriptor's box, at most
 _ACCUMULATORS = {"half": 128, "tf32": 128, "ieee": 64}  # of a thread; beyond it registers spill
 
 # the most promising first: steps in powers of two, except num_stages (+1) and SWAP (flipped)
+_CSR_MOVES: tuple[dict[str, int], ...] = (
+    {"BN": 1},
+    {"BN": -1},
+    {"BM": 1, "BN": -1},
+    {"BM": -1, "BN": 1},
+    {"num_warps": 1},
+    {"num_warps": -1},
+    {"BM": 1},
+    {"BM": -1},
+    {"BN": 1, "num_warps": 1},
+)
+
 _MOVES: dict[type[Any], tuple[dict[str, int], ...]] = {
     SpmmConfig: (
         {"BM": 1, "num_warps": 1},
@@ -70,21 +90,8 @@ _MOVES: dict[type[Any], tuple[dict[str, int], ...]] = {
         {"BM": 1},
         {"BM": -1},
     ),
-    CsrConfig: (
-        {"BN": 1},
-        {"BN": -1},
-        {"BM": 1, "BN": -1},
-        {"BM": -1, "BN": 1},
-        {"UNROLL": 1},
-        {"UNROLL": -1},
-        {"num_warps": 1},
-        {"num_warps": -1},
-        {"BM": 1},
-        {"BM": -1},
-        {"BN": 1, "num_warps": 1},
-        {"BM": 1, "num_warps": 1},
-        {"BN": -1, "num_warps": -1},
-    ),
+    CsrConfig: (*_CSR_MOVES, {"UNROLL": 1}, {"UNROLL": -1}),
+    CsrSddmmConfig: _CSR_MOVES,
 }
 
 
@@ -122,7 +129,7 @@ def is_legal(key: Key, config: Config, shared: int) -> bool:
     sizes = {k: v for k, v in config._asdict().items() if k not in ("SWAP", "num_stages")}
     if not all(size > 0 and size & (size - 1) == 0 for size in sizes.values()):
         return False
-    if isinstance(config, CsrConfig):
+    if isinstance(config, CsrConfig | CsrSddmmConfig):
         return _csr_is_legal(key, config)
     # tensor cores take warps by the four
     if config.num_warps not in (4, 8) or not 2 <= config.num_stages <= 6 or config.BM < 16:
@@ -146,7 +153,7 @@ def accumulators(key: Key, config: Config) -> int:
 
 def shared_bytes(key: Key, config: Config) -> int:
     """Shared memory of a tile's pipeline: both operands, once for every stage."""
-    if isinstance(config, CsrConfig):
+    if isinstance(config, CsrConfig | CsrSddmmConfig):
         return 0
     size = 2 if key.kind == _TWO_BYTES else 4
     if isinstance(config, GrowConfig):
@@ -176,11 +183,10 @@ def _shape_is_legal(key: Key, config: SpmmConfig | SddmmConfig | GrowConfig) -> 
     return not config.SWAP
 
 
-def _csr_is_legal(key: Key, config: CsrConfig) -> bool:
+def _csr_is_legal(key: Key, config: CsrConfig | CsrSddmmConfig) -> bool:
     if not 32 <= config.BM <= 512 or config.BN > 128 or config.num_warps > 8:
         return False
-    most = 1 if key.op == "csr_sddmm" else 8
-    if most < config.UNROLL:
+    if isinstance(config, CsrConfig) and config.UNROLL > 8:
         return False
     # two sets of values beside the sums: what is loaded, and where from
     return accumulators(key, config) <= 32 * config.num_warps * _ACCUMULATORS["ieee"]

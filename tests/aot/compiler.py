@@ -48,8 +48,11 @@ def build(fn, cc, dtype, constants, num_warps, num_stages=3, *, descriptors=None
     """Compile; by default with sizes and strides that 16 divides, as training shapes are."""
     types = signature(fn, dtype, constants, descriptors or {})
     position = {a: (i,) for i, a in enumerate(fn.arg_names)}
+    told = {p.name for p in fn.params if not p.do_not_specialize}
     aligned = [
-        a for a, kind in types.items() if kind.startswith("*") or (kind == "i32" and divisor == 16)
+        a
+        for a, kind in types.items()
+        if a in told and (kind.startswith("*") or (kind == "i32" and divisor == 16))
     ]
     source = ASTSource(
         fn,

@@ -7,7 +7,9 @@ from aot.compiler import Built, build, instructions
 
 from sparsekern.kernels import tables
 from sparsekern.kernels.bsr_grow import _bsr_grow_kernel
+from sparsekern.kernels.bsr_sddmm import _TMA_EDGE as TMA_EDGE
 from sparsekern.kernels.bsr_sddmm import _bsr_sddmm_kernel, _bsr_sddmm_tma_kernel
+from sparsekern.kernels.bsr_spmm import _TMA_ROW_BYTES as TMA_ROW_BYTES
 from sparsekern.kernels.bsr_spmm import _bsr_spmm_kernel, _bsr_spmm_tma_kernel
 from sparsekern.kernels.csr_sddmm import _csr_sddmm_kernel
 from sparsekern.kernels.csr_spmm import _csr_spmm_kernel
@@ -15,7 +17,7 @@ from sparsekern.kernels.launch import BLOCK_EDGES
 
 ARCHES = {"sm80": 80, "sm90": 90, "sm100": 100}
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
-RECTANGLES = ((16, 128), (128, 16), (64, 32), (128, 64), (64, 128))
+RECTANGLES = ((16, 128), (128, 16), (64, 32), (128, 32), (128, 64), (64, 128))
 
 
 class Case(NamedTuple):
@@ -26,11 +28,11 @@ class Case(NamedTuple):
     config: Any
     dtype: str
     block: tuple[int, int]  # (outputs, reduction) for spmm and spmm_t, else (BH, BW)
-    norm: str = ""
+    variant: str = ""  # norm of a grow kernel, "add" for an sddmm into what is there
 
     def __str__(self):
         block = "x".join(map(str, self.block))
-        return " ".join(filter(None, (self.arch, str(self.key), block, self.dtype, self.norm)))
+        return " ".join(filter(None, (self.arch, str(self.key), block, self.dtype, self.variant)))
 
 
 def cases():
@@ -44,12 +46,12 @@ def cases():
             if same in seen:
                 continue
             seen.add(same)
-            for dtype, (block, norm) in itertools.product(DTYPES[key.kind], shapes(key, arch)):
-                yield Case(arch, key, config, dtype, block, norm)
+            for dtype, (block, variant) in itertools.product(DTYPES[key.kind], shapes(key, arch)):
+                yield Case(arch, key, config, dtype, block, variant)
 
 
 def shapes(key, arch):
-    """(block, norm) pairs that an entry serves; rectangles on one architecture."""
+    """(block, variant) pairs that an entry serves; rectangles and variants on one architecture."""
     if key.op == "grow":
         yield from (((e, e), "l1") for e in BLOCK_EDGES)
         if arch == "sm90":
@@ -58,14 +60,19 @@ def shapes(key, arch):
         yield (1, 1), ""
     else:
         yield (int(key.edge),) * 2, ""
-        wide = 64 if key.loads == "tma" else 16
-        if arch == "sm90" and key.kind != "tf32":
-            yield from ((b, "") for b in RECTANGLES if serves(key, b) and min(b) >= wide)
+        if arch == "sm90":
+            yield from ((b, "") for b in RECTANGLES if serves(key, b))
+            if key.op == "sddmm":
+                yield (int(key.edge),) * 2, "add"
 
 
 def serves(key, block):
-    """Whether the launchers look a rectangle up under this entry."""
-    return str(max(block) if key.op == "sddmm" else block[0]) == key.edge
+    """Whether the launchers look a rectangle up under this entry, and load it as the entry says."""
+    if key.op == "sddmm":
+        narrow = min(block) < TMA_EDGE
+        return str(max(block)) == key.edge and not (key.loads == "tma" and narrow)
+    narrow = block[1] * (2 if key.kind == "half" else 4) < TMA_ROW_BYTES
+    return str(block[0]) == key.edge and not (key.loads == "tma" and narrow)
 
 
 def compiled(case: Case, divisor: int = 16) -> Built:
@@ -121,7 +128,12 @@ def spmm_plan(case):
 def sddmm_plan(case):
     bh, bw = case.block
     c = case.config
-    constants = common(case) | {"BH": bh, "BW": bw, "G": max(1, c.LANES // bw), "ADD": False}
+    constants = common(case) | {
+        "BH": bh,
+        "BW": bw,
+        "G": max(1, c.LANES // bw),
+        "ADD": case.variant == "add",
+    }
     if case.key.loads == "pointer":
         return _bsr_sddmm_kernel, constants, {}
     return _bsr_sddmm_tma_kernel, constants, {"dy_desc": (c.BM, bh), "x_desc": (c.BM, bw)}
@@ -136,7 +148,7 @@ def grow_plan(case):
         "TN": c.TN,
         "TK": c.TK,
         "GROUP": 8,
-        "NORM": case.norm,
+        "NORM": case.variant,
         "TMA": tma,
     }
     return _bsr_grow_kernel, constants, {"dy": (c.BM, c.TN), "x": (c.BM, c.TK)} if tma else {}
@@ -144,8 +156,9 @@ def grow_plan(case):
 
 def csr_plan(case):
     c, trans = case.config, case.key.op == "csr_spmm_t"
-    constants = {"BM": c.BM, "BN": c.BN, "UNROLL": c.UNROLL, "TRANS": trans, "sb": 1}
-    constants |= {"HAS_BIAS": not trans, "RELU": not trans, "sxm": 1, "sym": 1}
+    constants = c._asdict() | {"TRANS": trans, "HAS_BIAS": not trans, "RELU": not trans}
+    constants |= {"sb": 1, "sxm": 1, "sym": 1, "ADD": False}
+    del constants["num_warps"]
     return (_csr_sddmm_kernel if case.key.op == "csr_sddmm" else _csr_spmm_kernel), constants, {}
 
 

@@ -4,11 +4,14 @@ import pytest
 import torch
 from kernel_cases import (
     CSR_CASES,
+    DEVICE,
     DTYPES,
     Case,
     assert_exact,
     assert_loads_are_filled,
     assert_within_bound,
+    block_values,
+    from_block_mask,
     ids,
     numbers,
     pattern,
@@ -66,16 +69,38 @@ def test_tokens_summed_in_parts(dtype, tokens, monkeypatch):
     assert_exact(csr_sddmm(dy, x, p.crow, p.col), want, dtype)
 
 
+def test_partial_sums_do_not_grow_with_the_batch(monkeypatch):
+    p = pattern(3, 400, (1, 1), "full")
+    dy, x = torch.ones(900, 3, device=DEVICE), torch.ones(900, 400, device=DEVICE)
+    monkeypatch.setattr(launch, "CHUNK_ELEMENTS", 1)  # chunks of 128 tokens: eight of them
+    made = []
+    real = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *size, **kw: made.append(torch.Size(size).numel()) or real(self, *size, **kw),
+    )
+    dw = csr_sddmm(dy, x, p.crow, p.col)
+    assert_exact(dw, sddmm_oracle(dy, x, p), torch.float32)
+    assert made == [p.col.numel()]
+
+
+@pytest.mark.parametrize("held", [torch.float64, *DTYPES.values()], ids=str)
+def test_dw_is_added_to_out(held):
+    p, dy, x = setup_case(Case((1, 1), 150, 9, 20), torch.float16)
+    out = block_values(p, held, 7)
+    want = sddmm_oracle(dy, x, p).value + out.double().cpu()
+    assert csr_sddmm(dy, x, p.crow, p.col, out=out) is out
+    assert_exact(out, want, held)
+
+
 def test_groups_of_a_row():
     # rows of every length around a group of 32 entries, an empty one among them
     lengths = (0, 1, 31, 32, 33, 64, 65, 0, 100)
-    p = pattern(len(lengths), 100, (1, 1), "full")
     mask = torch.arange(100) < torch.tensor(lengths)[:, None]
-    crow = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(p.crow)
-    col = mask.nonzero()[:, 1].to(p.col)
-    p = type(p)(p.rows, p.cols, p.block, mask, crow, col, p.ccol, p.row, p.perm)
+    p = from_block_mask(*mask.shape, (1, 1), mask)
     dy, x = numbers((7, p.rows), torch.float32, 1), numbers((7, p.cols), torch.float32, 2)
-    assert_exact(csr_sddmm(dy, x, crow, col), sddmm_oracle(dy, x, p), torch.float32)
+    assert_exact(csr_sddmm(dy, x, p.crow, p.col), sddmm_oracle(dy, x, p), torch.float32)
 
 
 def test_inputs_are_left_alone_and_runs_agree():

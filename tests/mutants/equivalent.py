@@ -24,7 +24,7 @@ NOT_LOADED = "lanes that the mask turns off only make addresses that are never r
 NOT_REACHED = "what is read for no further iteration is never used"
 CHOICE = "only chooses between two ways to the same result"
 NO_SHAPE = "the kernel itself makes zeros, or an empty launch nothing: this saves a launch"
-NEVER_READ = "without a bias its pointer is never read"
+NEVER_READ = "without a bias or a transpose its pointer is never read"
 SAME_ZERO = "differs at zero, which is what it is replaced by"
 WORK = "the masks stop what the test would have skipped"
 ALWAYS_FP32 = "in the interpreter kernels store fp32 whatever the dtype"
@@ -139,6 +139,7 @@ EQUIVALENT = (
     Equivalent("_plan", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
     # bsr_grow
     Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
+    Equivalent("bsr_sddmm", "comparison", "out.dtype != torch.float64", None, CHOICE),
     # csr_sddmm
     Equivalent("_csr_sddmm_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
     Equivalent(
@@ -172,23 +173,32 @@ EQUIVALENT = (
     Equivalent(
         "_csr_sddmm_kernel", "int64 dropped", "tl.program_id(1).to(tl.int64)", None, FEW_PARTS
     ),
-    Equivalent("csr_sddmm", "condition dropped", "nnz == 0 or M == 0", "M == 0", NO_SHAPE),
+    Equivalent(
+        "_csr_sddmm_kernel",
+        "other dropped",
+        "tl.load(dw_ptr + slot, mask=live, other=0.0)",
+        None,
+        NOT_STORED,
+    ),
+    Equivalent(
+        "csr_sddmm",
+        "condition dropped",
+        "out is None and parts == 1 and (chunk == M)",
+        None,
+        ALWAYS_FP32,
+    ),
+    Equivalent("csr_sddmm", "comparison", "parts == 1", None, ALWAYS_FP32, "whole ="),
+    Equivalent("csr_sddmm", "comparison", "chunk == M", None, ALWAYS_FP32, "whole ="),
+    Equivalent("csr_sddmm", "constant", "1", None, ALWAYS_FP32, "whole ="),
     Equivalent(
         "csr_sddmm",
         "branch fixed",
-        "output_dtype(x.dtype, _csr_sddmm_kernel) if parts * chunks == 1 else torch.float32",
-        "torch.float32",
+        "output_dtype(x.dtype, _csr_sddmm_kernel) if whole else torch.float32",
+        None,
         ALWAYS_FP32,
     ),
     Equivalent(
-        "csr_sddmm", "comparison", "parts * chunks == 1", None, ALWAYS_FP32, "dtype = output_dtype"
-    ),
-    Equivalent(
-        "csr_sddmm",
-        "branch fixed",
-        "dw[0, 0] if parts * chunks == 1 else dw.flatten(0, 1).sum(0)",
-        "dw.flatten(0, 1).sum(0)",
-        CHOICE,
+        "csr_sddmm", "branch fixed", "dw[0] if parts == 1 else dw.sum(0)", "dw.sum(0)", CHOICE
     ),
     # csr_spmm
     Equivalent(
@@ -220,5 +230,14 @@ EQUIVALENT = (
         PROMOTED,
     ),
     Equivalent("_csr_spmm_kernel", "comparison", "acc < 0", "acc <= 0", SAME_ZERO),
+    Equivalent(
+        "_csr_spmm_kernel",
+        "int64 dropped",
+        "(pid // tiles).to(tl.int64)",
+        None,
+        "tokens lie side by side: their stride is 0 or 1",
+    ),
+    Equivalent("_launch", "name swapped", "max", "min", "only bounds the memory of a chunk"),
+    Equivalent("_launch", "branch fixed", "index if perm is None else perm", "perm", NEVER_READ),
     Equivalent("_launch", "branch fixed", "x if bias is None else bias", "bias", NEVER_READ),
 )

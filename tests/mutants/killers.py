@@ -16,7 +16,7 @@ import torch
 from support import UNIT_ROUNDOFF
 
 from sparsekern import ops
-from sparsekern.kernels import bsr_sddmm, launch
+from sparsekern.kernels import bsr_sddmm, csr_sddmm, launch
 from sparsekern.topology import Topology
 
 GROW_IMPL = {"impl": "triton"} if "impl" in inspect.signature(ops.grow_scores).parameters else {}
@@ -152,11 +152,11 @@ def added(p, what):
     """The gradient added to what a tensor holds."""
     o = operands(p)
     t = o.topology
-    if "out" not in inspect.signature(bsr_sddmm.bsr_sddmm).parameters:
-        return True
     total = t.pack(torch.ones(t.shape))
-    made = bsr_sddmm.bsr_sddmm(o.dy, o.x, t.crow, t.col, t.block, out=total)
-    expected = want(p, what)[0] + t.pack(torch.ones(t.shape)).double()
+    expected = want(p, what)[0] + total.double()
+    launcher = bsr_sddmm.bsr_sddmm if t.block != (1, 1) else csr_sddmm.csr_sddmm
+    sizes = (t.block,) if t.block != (1, 1) else ()
+    made = launcher(o.dy, o.x, t.crow, t.col, *sizes, out=total)
     return made is total and torch.equal(total.double(), expected)
 
 
@@ -286,6 +286,7 @@ KILLERS = {
     "csr_sddmm": [
         *((right, p, "dw") for p in (CSR, CSR_WIDE, CSR_PARTS)),
         (chunked, CSR_PARTS, "dw"),
+        *((added, p, "dw") for p in (CSR, CSR_PARTS)),
         (nothing, CSR, "dw"),
         (right, CSR._replace(fill=0.0), "dw"),
         (right, CSR_ROUGH._replace(tokens=300), "dw"),
