@@ -62,8 +62,8 @@ def build(fn, cc, dtype, constants, num_warps, num_stages=3, *, descriptors=None
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
-    sass, usage = disassembled(kernel.asm["cubin"])
-    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    sass = disassembled(kernel.asm["cubin"])
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", sass)}
     return Built(
         kernel.asm["ptx"],
         sass,
@@ -76,20 +76,17 @@ def build(fn, cc, dtype, constants, num_warps, num_stages=3, *, descriptors=None
 
 
 def disassembled(cubin):
-    """(SASS, resource usage) of a binary."""
+    """SASS and resource usage of a binary."""
     folder = Path(importlib.import_module("triton.backends.nvidia").__file__).parent
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        return tuple(
-            subprocess.run(
-                [str(folder / "bin" / "cuobjdump"), option, f.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("-sass", "-res-usage")
-        )
+        return subprocess.run(
+            [str(folder / "bin" / "cuobjdump"), "-sass", "-res-usage", f.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
 
 def depth(ttgir):
