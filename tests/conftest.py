@@ -12,7 +12,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads this when a kernel is decorated. tests/aot compiles instead, in its own process;
 # workers started from here inherit what is decided first.
 if not torch.cuda.is_available():
-    compiling = any("aot" in arg for arg in sys.argv)
+    compiling = any("aot" in arg for arg in sys.argv[1:] if not arg.startswith("-"))
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiling else "1")
 
 

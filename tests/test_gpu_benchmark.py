@@ -334,7 +334,7 @@ def test_picture_of_measured_results(tmp_path):
 
 def test_make_gpu_uses_the_python_it_is_given():
     done = subprocess.run(
-        ["make", "-n", "gpu", "PYTHON=some-python", "GPU_OUT=somewhere"],
+        ["make", "--no-print-directory", "-n", "gpu", "PYTHON=some-python", "GPU_OUT=somewhere"],
         cwd=ROOT,
         capture_output=True,
         text=True,

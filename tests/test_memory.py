@@ -8,12 +8,13 @@ from torch.nn import functional as F
 
 from sparsekern import SET, RigL, SparseLinear, sparse_layers, sparsify_
 from sparsekern.ops.grow import slab_block_rows
+from sparsekern.topology import ARRAY_NAMES
 
 
 def held_bytes(layer, optimizer):
     """Bytes of values, gradient, optimizer state and index arrays, read off the tensors."""
     state = [t for t in optimizer.state[layer.values].values() if t.numel() > 1]
-    arrays = [getattr(layer, n) for n in ("crow", "col", "ccol", "row", "perm")]
+    arrays = [getattr(layer, n) for n in ARRAY_NAMES]
     tensors = [layer.values, layer.values.grad, *state, *arrays]
     return sum(t.untyped_storage().nbytes() for t in tensors)
 

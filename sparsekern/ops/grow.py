@@ -1,4 +1,4 @@
-"""Scores of the dense gradient, streamed slab by slab: it never exists as a whole.
+"""Scores of the dense gradient, which never exists as a whole: block norms, or slab by slab.
 
 RigL grows where the dense gradient dyᵀ x is largest (Evci et al. 2020, section 3). The paper
 already notes that it can be computed online, keeping only the top connections.

@@ -82,7 +82,7 @@ def test_partial_sums_do_not_grow_with_the_batch(monkeypatch):
     )
     dw = csr_sddmm(dy, x, p.crow, p.col)
     assert_exact(dw, sddmm_oracle(dy, x, p), torch.float32)
-    assert made == [p.col.numel()]
+    assert max(made) == p.col.numel()
 
 
 @pytest.mark.parametrize("held", [torch.float64, *DTYPES.values()], ids=str)
