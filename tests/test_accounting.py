@@ -55,7 +55,7 @@ def test_sparse_by_hand(digits, method, block, blocks, edges):
     trained = 4 * (weights + 320 + BIASES)
     held = result.held
     assert (held.weights, held.gradients, held.optimizer) == (trained,) * 3
-    assert held.index == 4 * (sum(edges) + 2 + 3 * blocks)
+    assert held.index == 4 * (2 * sum(edges) + 2 + 3 * blocks)
 
 
 def test_adamw_holds_two_states_and_a_step_count(digits):

@@ -219,7 +219,7 @@ def test_a_group_whose_process_dies_fails_as_a_whole():
     from benchmarks.gpu.parts import check_in_own_process
 
     rows = check_in_own_process((16, 16), "bf16")
-    assert {row["kernel"] for row in rows} == {"spmm", "spmm_t", "sddmm"}
+    assert {row["kernel"] for row in rows} == {"spmm", "spmm_t", "sddmm", "grow_scores"}
     assert all(row["ok"] is False and row["detail"].startswith("exit 1: ") for row in rows)
 
 

@@ -55,6 +55,7 @@ def worker(rank, world, port, method, block, queue, sabotage):
     except RankMismatchError as error:
         queue.put((rank, str(error)))
     finally:
+        dist.barrier()  # a group that is left while others still talk may abort the process
         dist.destroy_process_group()
 
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from benchmarks.gpu.store import Store
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-GRACE_SECONDS = 45  # for a part that is past its deadline in the middle of a case
+GRACE_SECONDS = 20  # for a part that is past its deadline in the middle of a case
+START_SECONDS = 15  # of a part's process, until its own clock runs
+SAVE_SECONDS = 2.0  # between two writes of a part's rows
 NAMES = (
     *("correctness", "dense", "bsr", "csr", "update", "peers", "probe"),
     *("variants", "resident", "pytest"),
@@ -34,7 +36,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--parts", nargs="+", choices=NAMES, help="default: all but pytest")
-    parser.add_argument("--budget-s", type=float, default=570.0, help="start nothing beyond this")
+    parser.add_argument("--budget-s", type=float, default=530.0, help="start nothing beyond this")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, measuring nothing")
     parser.add_argument("--commit", help="to be noted, where there is no git")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
@@ -70,12 +72,15 @@ def work(name: str, args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     part: dict[str, Any] = {"key": dict(store.key), "complete": False, "rows": rows}
     part |= {"environment": environment.facts(device, args.commit)}
+    saved = begin
     try:
         for row in PARTS[name].run(bench):
             rows.append(row)
             if row.get("ok") is not True or len(rows) % 50 == 0:
                 say(f"[{name} {time.monotonic() - begin:4.0f} s] {len(rows)}: {report.line(row)}")
-            store.write_part(name, part)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                store.write_part(name, part)
+                saved = time.monotonic()
             if bench.late:
                 break
         else:
@@ -100,12 +105,14 @@ def _store(args: argparse.Namespace) -> Store:
 def isolated(name: str, args: argparse.Namespace, left: float) -> None:
     """Run one part in a process of its own: a fault on the GPU ends that process only."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", name, "--out", str(args.out)]
-    command += ["--budget-s", str(left)] + (["--commit", args.commit] if args.commit else [])
+    own = max(1.0, left - START_SECONDS)
+    command += ["--budget-s", str(own)] + (["--commit", args.commit] if args.commit else [])
     command += ["--dry"] if args.dry else []
+    limit = left + GRACE_SECONDS
     try:
-        code = subprocess.run(command, check=False, timeout=left + GRACE_SECONDS).returncode
+        code = subprocess.run(command, check=False, timeout=limit).returncode
     except subprocess.TimeoutExpired:
-        say(f"[{name}] stopped: {GRACE_SECONDS} s past its time")
+        say(f"[{name}] stopped after {limit:.0f} s")
     else:
         if code:
             say(f"[{name}] failed with exit code {code}; the other parts go on")
@@ -121,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
     older = store.set_aside()
     if older is not None:
         say(f"another device, version or source: the results so far are now in {older}")
+    _note(args, store)
     stopped = False
     for name in names:
         if store.part(name) is not None:
@@ -149,15 +157,23 @@ def run(args: argparse.Namespace) -> int:
     return 0 if (complete or stopped) and not wrong else 1
 
 
-def _finish(args: argparse.Namespace, store: Store) -> None:
-    """Note what the file is, and draw it."""
-    from benchmarks.gpu import environment, report  # noqa: PLC0415
+def _note(args: argparse.Namespace, store: Store) -> dict[str, Any]:
+    """Write down what the file is: at once, as a run may be killed."""
+    from benchmarks.gpu import environment  # noqa: PLC0415
     from benchmarks.gpu.parts import DEFAULT, default_device  # noqa: PLC0415
 
     content = store.load()
     content["complete"] = all(store.part(name) is not None for name in DEFAULT)
     content["environment"] = environment.facts(default_device(args.dry), args.commit)
     store.save(content)
+    return content
+
+
+def _finish(args: argparse.Namespace, store: Store) -> None:
+    """Note what the file is now, and draw it."""
+    from benchmarks.gpu import report  # noqa: PLC0415
+
+    content = _note(args, store)
     say(report.picture(content, args.out / "speed.png"))
     say(f"saved {store.path}")
 

@@ -69,10 +69,13 @@ class Gate:
     def verdict(self, operation: str, block: Block, kind: str) -> str:
         """For a product or for "three": "ok", "incorrect" or "not checked"."""
         kernels = KERNELS.values() if operation == "three" else [KERNELS[operation]]
-        found = [self._ok.get((kernel, block, kind)) for kernel in kernels]
-        if False in found:
-            return "incorrect"
-        return "not checked" if None in found else "ok"
+        found = {self.kernel(kernel, block, kind) for kernel in kernels}
+        return next((v for v in ("incorrect", "not checked") if v in found), "ok")
+
+    def kernel(self, name: str, block: Block, kind: str) -> str:
+        """The same for a kernel by its name."""
+        found = self._ok.get((name, block, kind))
+        return "not checked" if found is None else ("ok" if found else "incorrect")
 
 
 def products(o: Operands, impl: str, bias: Tensor | None = None) -> dict[str, Callable[[], Tensor]]:
@@ -173,7 +176,8 @@ def _checks(
     operation: str, o: Operands, bias: Tensor | None, generator: torch.Generator
 ) -> Iterator[tuple[str, str]]:
     integers = o.with_integers(generator)
-    got = products(integers, "triton", bias)[operation]()
+    with poisoned():
+        got = products(integers, "triton", bias)[operation]()
     want = expected(operation, integers, bias).value
     yield "exact", difference(got, want.to(got.dtype))
     run = products(o, "triton", bias)[operation]
@@ -238,7 +242,8 @@ def broken_group(block: Block, kind: str, reason: str) -> list[Row]:
     """Rows for a group whose process died: nothing of it may be timed."""
     where = {"block": list(block), "kind": kind, "shape": "any", "check": "runs"}
     return [
-        {"kernel": kernel} | where | {"ok": False, "detail": reason} for kernel in KERNELS.values()
+        {"kernel": kernel} | where | {"ok": False, "detail": reason}
+        for kernel in (*KERNELS.values(), "grow_scores")
     ]
 
 

@@ -18,7 +18,7 @@ Run = Callable[[], Any]
 cuda: Any = torch.cuda  # half of it is untyped
 
 FLUSH_BYTES = 2**28  # several times any L2 cache
-SLEEP_CYCLES = 1_000_000
+SLEEP_CYCLES = 4_000_000  # 2 ms: the host is done launching before the first event
 CASE_SECONDS = 1.0  # a slow case takes fewer rounds
 FEWEST_ROUNDS = 3
 WARM_UPS = 3

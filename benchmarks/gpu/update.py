@@ -118,8 +118,10 @@ def _pieces(bench: Bench, block: Block) -> Iterator[Row]:
         timing = take_turns(bench.clock, runs, bench.plan.rounds)
     ceiling = bench.ceiling("grow", o.problem)
     for what in runs:
+        verdict = bench.gate.kernel(what, block, KIND) if what == "grow_scores" else "ok"
         row: Row = {"what": what, "block": list(block), **shape._asdict(), "density": DENSITY}
-        row |= {"kind": KIND, "status": "ok", "ms": timing.ms(what)}
+        row |= {"kind": KIND, "status": verdict}
+        row["ms"] = timing.ms(what) if verdict == "ok" else None
         if what == "grow_scores" and ceiling is not None:
             row["ceiling_ms"] = 1e3 * ceiling.seconds
         yield row
