@@ -51,35 +51,85 @@ def active_count(size: int, sparsity: float) -> int:
 
 
 class Grid(NamedTuple):
-    """A matrix cut into blocks: `rows` and `cols` count blocks, ragged ones included."""
+    """A matrix cut into blocks: `rows` and `cols` count blocks, ragged ones included.
+
+    The rows come in `groups` equal parts and the columns in `taps`, as those of a convolution's
+    weight do; each part is cut by itself, so that no block straddles two.
+    """
 
     shape: tuple[int, int]
     block: tuple[int, int]
     rows: int
     cols: int
+    groups: int = 1
+    taps: int = 1
 
     @property
     def total(self) -> int:
         """Number of blocks."""
         return self.rows * self.cols
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Rows of a group, columns of a tap."""
+        return self.shape[0] // self.groups, self.shape[1] // self.taps
+
+    @property
+    def part_blocks(self) -> tuple[int, int]:
+        """Block rows of a group, block columns of a tap."""
+        return self.rows // self.groups, self.cols // self.taps
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some blocks reach beyond their part."""
+        return any(size % edge for size, edge in zip(self.part, self.block, strict=True))
+
     @staticmethod
-    def of(shape: Sequence[int], block: Block) -> Grid:
-        """Check and cut; raises `ShapeError` if the block is larger than the matrix."""
+    def of(shape: Sequence[int], block: Block, groups: int = 1, taps: int = 1) -> Grid:
+        """Check and cut.
+
+        Raises:
+            ShapeError: the block is larger than a part, or the parts do not divide the matrix.
+        """
         bh, bw = as_block(block)
         if len(shape) != 2 or min(shape) < 1:
             raise ShapeError(f"`shape` must be two positive sizes; got {tuple(shape)}")
         rows, cols = int(shape[0]), int(shape[1])
-        if bh > rows or bw > cols:
-            raise ShapeError(f"`block` {(bh, bw)} is larger than the layer's shape {(rows, cols)}")
-        return Grid((rows, cols), (bh, bw), -(-rows // bh), -(-cols // bw))
+        if min(groups, taps) < 1 or rows % groups or cols % taps:
+            raise ShapeError(
+                f"{groups} groups and {taps} taps must divide the shape; got {(rows, cols)}"
+            )
+        part = rows // groups, cols // taps
+        if bh > part[0] or bw > part[1]:
+            raise ShapeError(
+                f"`block` {(bh, bw)} is larger than the layer's shape {(rows, cols)}"
+                if groups == taps == 1
+                else f"`block` {(bh, bw)} is larger than the channels of a group: {part[0]} "
+                f"outputs, {part[1]} inputs"
+            )
+        counts = groups * -(-part[0] // bh), taps * -(-part[1] // bw)
+        return Grid((rows, cols), (bh, bw), *counts, groups, taps)
+
+    def block_sizes(self, axis: int) -> list[int]:
+        """Rows (axis 0) or columns (axis 1) that each block row or column really holds."""
+        size, edge, parts = self.part[axis], self.block[axis], (self.groups, self.taps)[axis]
+        return [min(edge, size - first) for first in range(0, size, edge)] * parts
 
 
 def tiles_of(dense: Tensor, grid: Grid) -> Tensor:
     """View a dense matrix as (block_rows, bh, block_cols, bw), padding with zeros if ragged."""
-    (rows, cols), (bh, bw) = grid.shape, grid.block
-    if rows % bh or cols % bw:
-        padded = dense.new_zeros(grid.rows * bh, grid.cols * bw)
-        padded[:rows, :cols] = dense
+    (bh, bw), (height, width) = grid.block, grid.part
+    if grid.ragged:
+        (down, across) = grid.part_blocks
+        padded = dense.new_zeros(grid.groups, down * bh, grid.taps, across * bw)
+        padded[:, :height, :, :width] = dense.reshape(grid.groups, height, grid.taps, width)
         dense = padded
     return dense.reshape(grid.rows, bh, grid.cols, bw)
+
+
+def untiled(tiles: Tensor, grid: Grid) -> Tensor:
+    """Inverse of `tiles_of`: the dense (rows, cols) matrix without padding."""
+    (bh, bw), (down, across) = grid.block, grid.part_blocks
+    height, width = grid.part
+    parts = tiles.view(grid.groups, down * bh, grid.taps, across * bw)
+    return parts[:, :height, :, :width].reshape(grid.shape)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekern.blocks import Grid
+
 
 def sample_sorted(n: int, total: int, generator: torch.Generator | None = None) -> Tensor:
     """`n` distinct integers out of [0, total), uniformly, ascending: (n,) int64.
@@ -27,7 +29,7 @@ def sample_sorted(n: int, total: int, generator: torch.Generator | None = None) 
 
 
 class _Region(NamedTuple):
-    """A rectangle of equal-sized blocks, in block coordinates."""
+    """Blocks of one size: `rows` x `cols` of them from (row, col) on in every part of a grid."""
 
     row: int
     col: int
@@ -36,9 +38,9 @@ class _Region(NamedTuple):
     area: int
 
 
-def _regions(shape: tuple[int, int], block: tuple[int, int]) -> list[_Region]:
-    """Interior, right edge, bottom edge and corner of a blocked matrix, largest blocks first."""
-    (rows, cols), (bh, bw) = shape, block
+def _regions(grid: Grid) -> list[_Region]:
+    """Interior, right edge, bottom edge and corner of a grid's parts, largest blocks first."""
+    (rows, cols), (bh, bw) = grid.part, grid.block
     vertical = [(0, rows // bh, bh), (rows // bh, 1, rows % bh)]
     horizontal = [(0, cols // bw, bw), (cols // bw, 1, cols % bw)]
     regions = [
@@ -50,31 +52,33 @@ def _regions(shape: tuple[int, int], block: tuple[int, int]) -> list[_Region]:
     return sorted(regions, key=lambda region: -region.area)
 
 
-def sample_blocks(
-    shape: tuple[int, int],
-    block: tuple[int, int],
-    target: int,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def sample_blocks(grid: Grid, target: int, generator: torch.Generator | None = None) -> Tensor:
     """Blocks holding `target` weights to within one block, uniformly: sorted flat positions.
 
     Ragged edge blocks hold fewer weights than others. Each kind of block gets its share of the
     target, and a last block is added where it brings the total closer. At least one is drawn.
     """
-    regions = _regions(shape, block)
-    size = shape[0] * shape[1]
-    counts = [target * region.rows * region.cols // size for region in regions]
+    regions, parts = _regions(grid), grid.groups * grid.taps
+    size, totals = grid.shape[0] * grid.shape[1], [parts * r.rows * r.cols for r in regions]
+    counts = [target * total // size for total in totals]
     missing = target - sum(n * region.area for n, region in zip(counts, regions, strict=True))
     for i, region in enumerate(regions):
-        extra = min(max(round(missing / region.area), 0), region.rows * region.cols - counts[i])
+        extra = min(max(round(missing / region.area), 0), totals[i] - counts[i])
         counts[i] += extra
         missing -= extra * region.area
     if not any(counts):
         counts[0] = 1
-    block_cols = -(-shape[1] // block[1])
-    drawn = []
-    for n, region in zip(counts, regions, strict=True):
-        local = sample_sorted(n, region.rows * region.cols, generator)
-        row = torch.div(local, region.cols, rounding_mode="floor")
-        drawn.append((row + region.row) * block_cols + (local - row * region.cols) + region.col)
+    drawn = [
+        _positions(grid, region, sample_sorted(n, total, generator))
+        for n, region, total in zip(counts, regions, totals, strict=True)
+    ]
     return drawn[0] if len(drawn) == 1 else torch.cat(drawn).sort().values
+
+
+def _positions(grid: Grid, region: _Region, local: Tensor) -> Tensor:
+    """Flat positions in the grid of a region's blocks, numbered row by row through all parts."""
+    width = grid.taps * region.cols
+    row, col = torch.div(local, width, rounding_mode="floor"), local % width
+    down, across = grid.part_blocks
+    row = row // region.rows * down + row % region.rows + region.row
+    return row * grid.cols + col // region.cols * across + col % region.cols + region.col

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import sampling
-from sparsekern.blocks import Block, Grid, active_count, check_sparsity, tiles_of
+from sparsekern.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 
 _INT32_MAX = 2**31 - 1
@@ -37,17 +37,24 @@ class Topology:
     A shape that is not a multiple of the block is padded inside: edge blocks are stored whole, and
     what lies beyond the matrix is always zero.
 
+    The weight of a convolution is the matrix (C_out, kh kw C_in / groups), taps first, channels
+    last. Its rows come in `groups` equal parts, its columns in `taps` = kh kw, and no block
+    straddles two: each part is cut and padded by itself.
+
     Attributes:
         shape: (rows, cols) of the dense matrix; rows are outputs.
         block: (bh, bw); (1, 1) is CSR.
         crow: (block_rows + 1,) int32, where each block row starts in `col`.
         col: (nnzb,) int32, block column of each active block, ascending within a row.
-        ccol: (block_cols + 1,) int32, where each block column starts in `row` and `perm`.
-        row: (nnzb,) int32, block row of each active block in column order.
+        ccol: (groups block_cols + 1,) int32, where each block column of each group starts in
+            `row` and `perm`; the columns of a group follow one another.
+        row: (nnzb,) int32, block row of each active block in column order, group by group.
         perm: (nnzb,) int32, position in CSR order of each active block in column order.
         row_order: (block_rows,) int32, block rows from most to least active blocks; among equals
             the lower first. Kernels start the longest rows first and so end together.
-        col_order: (block_cols,) int32, the same for block columns.
+        col_order: (groups block_cols,) int32, the same for block columns.
+        groups: equal parts of the rows, each with inputs of its own; 1 but for grouped convolution.
+        taps: equal parts of the columns: kernel positions of a convolution.
     """
 
     shape: tuple[int, int]
@@ -59,22 +66,33 @@ class Topology:
     perm: Tensor
     row_order: Tensor
     col_order: Tensor
+    groups: int = 1
+    taps: int = 1
 
     # ---- construction
 
     @staticmethod
-    def from_positions(positions: Tensor, shape: Sequence[int], block: Block = 1) -> Topology:
+    def from_positions(
+        positions: Tensor,
+        shape: Sequence[int],
+        block: Block = 1,
+        *,
+        groups: int = 1,
+        taps: int = 1,
+    ) -> Topology:
         """Build from flat block positions (block row * block_cols + block column).
 
         Args:
             positions: (nnzb,) int64, ascending and without duplicates.
             shape: (rows, cols) of the dense matrix.
             block: int or pair.
+            groups: parts of the rows.
+            taps: parts of the columns.
 
         Raises:
             TopologyError: a position is out of range, or they are not strictly ascending.
         """
-        grid = Grid.of(shape, block)
+        grid = Grid.of(shape, block, groups, taps)
         if positions.dtype != torch.int64 or positions.dim() != 1:
             raise TopologyError(
                 f"`positions` must be a 1-D int64 tensor; got {positions.dim()}-D {positions.dtype}"
@@ -91,9 +109,12 @@ class Topology:
             )
         rows = torch.div(positions, grid.cols, rounding_mode="floor").to(torch.int32)
         cols = (positions - rows.long() * grid.cols).to(torch.int32)
+        keys = cols
+        if groups > 1:
+            keys = torch.div(rows, grid.part_blocks[0], rounding_mode="floor") * grid.cols + cols
         # stable: within a column the blocks stay in row order, so sums have one fixed order
-        perm = torch.argsort(cols, stable=True).to(torch.int32)
-        crow, ccol = _offsets(rows, grid.rows), _offsets(cols, grid.cols)
+        perm = torch.argsort(keys, stable=True).to(torch.int32)
+        crow, ccol = _offsets(rows, grid.rows), _offsets(keys, groups * grid.cols)
         return Topology(
             shape=grid.shape,
             block=grid.block,
@@ -104,6 +125,8 @@ class Topology:
             perm=perm,
             row_order=_longest_first(crow),
             col_order=_longest_first(ccol),
+            groups=groups,
+            taps=taps,
         )
 
     @staticmethod
@@ -113,6 +136,8 @@ class Topology:
         *,
         sparsity: float | None = None,
         nnzb: int | None = None,
+        groups: int = 1,
+        taps: int = 1,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Topology:
@@ -127,21 +152,21 @@ class Topology:
             ConfigError: `sparsity` outside [0, 1), `nnzb` out of range, or not exactly one given.
             ShapeError: a block edge is larger than the matrix.
         """
-        grid = Grid.of(shape, block)
+        grid = Grid.of(shape, block, groups, taps)
         if (sparsity is None) == (nnzb is None):
             raise ConfigError("give exactly one of `sparsity` and `nnzb`")
         if sparsity is not None:
             target = active_count(grid.shape[0] * grid.shape[1], check_sparsity(sparsity))
-            positions = sampling.sample_blocks(grid.shape, grid.block, target, generator)
+            positions = sampling.sample_blocks(grid, target, generator)
         else:
             if nnzb is None or not 0 <= nnzb <= grid.total:
                 raise ConfigError(f"`nnzb` must lie in [0, {grid.total}]; got {nnzb}")
             positions = sampling.sample_sorted(nnzb, grid.total, generator)
-        topology = Topology.from_positions(positions, shape, block)
+        topology = Topology.from_positions(positions, shape, block, groups=groups, taps=taps)
         return topology if device is None else topology.to(device)
 
     @staticmethod
-    def from_mask(mask: Tensor, block: Block = 1) -> Topology:
+    def from_mask(mask: Tensor, block: Block = 1, *, groups: int = 1, taps: int = 1) -> Topology:
         """Build from a dense (rows, cols) mask: a block is active where any of its weights is.
 
         Raises:
@@ -149,10 +174,10 @@ class Topology:
         """
         if mask.dim() != 2:
             raise ShapeError(f"`mask` must be 2-D (rows, cols); got shape {tuple(mask.shape)}")
-        grid = Grid.of(mask.shape, block)
+        grid = Grid.of(mask.shape, block, groups, taps)
         tiles = tiles_of(mask != 0, grid)
-        active = tiles.any(dim=3).any(dim=1)
-        return Topology.from_positions(active.flatten().nonzero()[:, 0], mask.shape, block)
+        positions = tiles.any(dim=3).any(dim=1).flatten().nonzero()[:, 0]
+        return Topology.from_positions(positions, mask.shape, block, groups=groups, taps=taps)
 
     @staticmethod
     def from_torch(tensor: Tensor) -> tuple[Topology, Tensor]:
@@ -201,13 +226,19 @@ class Topology:
 
     @property
     def block_rows(self) -> int:
-        """Number of block rows, the last one possibly ragged."""
+        """Number of block rows, the last one of each group possibly ragged."""
         return self.crow.numel() - 1
 
     @property
     def block_cols(self) -> int:
-        """Number of block columns, the last one possibly ragged."""
-        return self.ccol.numel() - 1
+        """Number of block columns, the last one of each tap possibly ragged."""
+        return (self.ccol.numel() - 1) // self.groups
+
+    @property
+    def grid(self) -> Grid:
+        """How the matrix is cut."""
+        counts = self.block_rows, self.block_cols
+        return Grid(self.shape, self.block, *counts, self.groups, self.taps)
 
     @property
     def values_shape(self) -> tuple[int, int, int]:
@@ -217,15 +248,13 @@ class Topology:
     @property
     def nnz(self) -> int:
         """Active weights inside the matrix; padding of edge blocks is not counted."""
-        (rows, cols), (bh, bw) = self.shape, self.block
-        short_h, short_w = -rows % bh, -cols % bw
-        if not (short_h or short_w):
-            return self.nnzb * bh * bw
-        in_last_row = int(self.crow[-1] - self.crow[-2])
-        in_last_col = int(self.ccol[-1] - self.ccol[-2])
-        corner = in_last_row > 0 and int(self.col[-1]) == self.block_cols - 1
-        padding = in_last_row * short_h * bw + in_last_col * short_w * bh
-        return self.nnzb * bh * bw - padding + int(corner) * short_h * short_w
+        grid = self.grid
+        if not grid.ragged:
+            return self.nnzb * self.block[0] * self.block[1]
+        heights, widths = (
+            torch.tensor(grid.block_sizes(axis), device=self.device) for axis in (0, 1)
+        )
+        return int((heights[self.slot_rows()] * widths[self.col.long()]).sum())
 
     @property
     def density(self) -> float:
@@ -239,7 +268,7 @@ class Topology:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index arrays: 4 (2 block_rows + 2 block_cols + 2 + 3 nnzb)."""
+        """Bytes of the index arrays: 4 (2 block_rows + 2 groups block_cols + 2 + 3 nnzb)."""
         return sum(array.numel() * array.element_size() for array in self.arrays)
 
     def slot_rows(self) -> Tensor:
@@ -252,7 +281,8 @@ class Topology:
 
     def digest(self) -> str:
         """Hex SHA-256 of shape, block and connections: equal on every rank and device."""
-        header = f"{self.shape}{self.block}".encode()
+        parts = f"{self.groups},{self.taps}" if self.groups * self.taps > 1 else ""
+        header = f"{self.shape}{self.block}{parts}".encode()
         body = b"".join(a.cpu().numpy().astype("<i4").tobytes() for a in (self.crow, self.col))
         return hashlib.sha256(header + body).hexdigest()
 
@@ -260,7 +290,16 @@ class Topology:
 
     def to(self, device: torch.device | str) -> Topology:
         """The same topology with its arrays on `device`."""
-        return Topology(self.shape, self.block, *(array.to(device) for array in self.arrays))
+        return self.with_arrays([array.to(device) for array in self.arrays])
+
+    def with_arrays(self, arrays: Sequence[Tensor]) -> Topology:
+        """The same matrix, cut alike, with other connections; unchecked, see `validate`."""
+        return Topology(self.shape, self.block, *arrays, groups=self.groups, taps=self.taps)
+
+    def with_positions(self, positions: Tensor) -> Topology:
+        """The same matrix, cut alike, with these blocks active; see `from_positions`."""
+        parts = {"groups": self.groups, "taps": self.taps}
+        return Topology.from_positions(positions, self.shape, self.block, **parts)
 
     def to_mask(self) -> Tensor:
         """Dense bool mask (rows, cols)."""
@@ -270,7 +309,7 @@ class Topology:
     def pack(self, dense: Tensor) -> Tensor:
         """Take the active blocks out of a dense (rows, cols) tensor: (nnzb, bh, bw)."""
         self._check_dense(dense)
-        tiles = tiles_of(dense, Grid.of(self.shape, self.block))
+        tiles = tiles_of(dense, self.grid)
         return tiles[self.slot_rows(), :, self.col.long(), :]
 
     def unpack(self, values: Tensor) -> Tensor:
@@ -279,10 +318,21 @@ class Topology:
             raise ShapeError(
                 f"`values` must have shape {self.values_shape}; got {tuple(values.shape)}"
             )
-        (rows, cols), (bh, bw) = self.shape, self.block
+        bh, bw = self.block
         tiles = values.new_zeros(self.block_rows, bh, self.block_cols, bw)
         tiles[self.slot_rows(), :, self.col.long(), :] = values
-        return tiles.view(self.block_rows * bh, self.block_cols * bw)[:rows, :cols].contiguous()
+        return untiled(tiles, self.grid).contiguous()
+
+    def clear_padding_(self, values: Tensor) -> Tensor:
+        """Set what `values` (nnzb, bh, bw) hold beyond the matrix to exactly 0, in place."""
+        grid = self.grid
+        (height, width), (down, across), (bh, bw) = grid.part, grid.part_blocks, self.block
+        with torch.no_grad():
+            if height % bh:
+                values[self.slot_rows() % down == down - 1, height % bh :, :] = 0
+            if width % bw:
+                values[self.col % across == across - 1, :, width % bw :] = 0
+        return values
 
     def to_torch(self, values: Tensor) -> Tensor:
         """The matrix as `torch.sparse_csr` (block (1, 1)) or `torch.sparse_bsr`.
@@ -298,10 +348,10 @@ class Topology:
             return torch.sparse_csr_tensor(
                 self.crow, self.col, values.flatten(), self.shape, check_invariants=True
             )
-        if self.shape[0] % self.block[0] or self.shape[1] % self.block[1]:
+        if self.grid.ragged:
             raise ShapeError(
                 f"torch.sparse_bsr needs a shape that is a multiple of the block {self.block}; "
-                f"got {self.shape}"
+                f"got {self.grid.part}"
             )
         return torch.sparse_bsr_tensor(
             self.crow, self.col, values, self.shape, check_invariants=True
@@ -315,10 +365,9 @@ class Topology:
         Raises:
             ShapeError: the two differ in shape or block.
         """
-        if (self.shape, self.block) != (other.shape, other.block):
+        if not self.is_cut_like(other):
             raise ShapeError(
-                f"topologies must share shape and block; got {self.shape} {self.block} "
-                f"and {other.shape} {other.block}"
+                f"topologies must share shape and block; got {self._cut} and {other._cut}"
             )
         mine, theirs = self.positions(), other.positions()
         kept = contains(theirs, mine)
@@ -328,11 +377,15 @@ class Topology:
         """Share of this topology's blocks that are active in `other` too; 1.0 if it has none."""
         return self.diff(other).kept.numel() / self.nnzb if self.nnzb else 1.0
 
+    def is_cut_like(self, other: Topology) -> bool:
+        """Whether both cut a matrix of one shape into the same blocks."""
+        return self.grid == other.grid
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Topology):
             return NotImplemented
         return (
-            (self.shape, self.block) == (other.shape, other.block)
+            self.is_cut_like(other)
             and torch.equal(self.crow, other.crow)
             and torch.equal(self.col, other.col)
         )
@@ -341,9 +394,14 @@ class Topology:
 
     def __repr__(self) -> str:
         return (
-            f"Topology(shape={self.shape}, block={self.block}, nnzb={self.nnzb}, "
+            f"Topology({self._cut}, nnzb={self.nnzb}, "
             f"density={self.density:.4g}, device={str(self.device)!r})"
         )
+
+    @property
+    def _cut(self) -> str:
+        parts = f", groups={self.groups}, taps={self.taps}" if self.groups * self.taps > 1 else ""
+        return f"shape={self.shape}, block={self.block}{parts}"
 
     def validate(self) -> Topology:
         """Check range, order, duplicates and that `perm` inverts the transpose; return self.
@@ -351,15 +409,17 @@ class Topology:
         Raises:
             TopologyError: naming the array and what is wrong with it.
         """
-        grid = Grid.of(self.shape, self.block)
+        grid = Grid.of(self.shape, self.block, self.groups, self.taps)
         for name, array in zip(ARRAY_NAMES, self.arrays, strict=True):
             if array.dtype != torch.int32 or array.dim() != 1:
                 raise TopologyError(
                     f"`{name}` must be a 1-D int32 tensor; got {array.dim()}-D {array.dtype}"
                 )
         _check_compressed(self.crow, self.col, grid.rows, grid.cols, ("crow", "col"))
-        _check_compressed(self.ccol, self.row, grid.cols, grid.rows, ("ccol", "row"))
-        rebuilt = Topology.from_positions(self.positions(), self.shape, self.block)
+        _check_compressed(
+            self.ccol, self.row, grid.groups * grid.cols, grid.rows, ("ccol", "row")
+        )
+        rebuilt = self.with_positions(self.positions())
         for name in ARRAY_NAMES[2:]:
             if not torch.equal(getattr(self, name), getattr(rebuilt, name)):
                 raise TopologyError(f"`{name}` does not follow from `crow` and `col`")

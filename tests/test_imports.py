@@ -14,8 +14,10 @@ ROOT = Path(sparsekern.__file__).resolve().parent.parent
 # A module may import from its own layer and from those to the left of it.
 LAYERS = [
     ("sparsekern.errors",),
-    ("sparsekern.select", "sparsekern.sampling"),
-    ("sparsekern.blocks", "sparsekern.topology", "sparsekern.kernels"),
+    ("sparsekern.select", "sparsekern.geometry"),
+    ("sparsekern.blocks", "sparsekern.kernels"),
+    ("sparsekern.sampling",),
+    ("sparsekern.topology",),
     ("sparsekern.ops",),
     ("sparsekern.nn",),
     ("sparsekern.swap", "sparsekern.methods", "sparsekern.distribution"),

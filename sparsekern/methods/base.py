@@ -21,7 +21,7 @@ from sparsekern.methods.carry import check_followable, check_holds, state_tensor
 from sparsekern.methods.schedule import UpdateSchedule
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer
-from sparsekern.nn.init import bounds, zero_padding_
+from sparsekern.nn.init import bounds
 from sparsekern.ops import block_norm
 from sparsekern.ops.grow import check_norm
 from sparsekern.swap import sparse_layers
@@ -293,7 +293,7 @@ class Method:
         blocks = layer.active_values().clone()
         drawn = torch.rand(blocks.shape, generator=self.generator(name), device="cpu")
         drawn = drawn.to(blocks) * 2 - 1
-        drawn = zero_padding_(drawn * bounds(update.topology).to(blocks.dtype), update.topology)
+        drawn = update.topology.clear_padding_(drawn * bounds(update.topology).to(blocks.dtype))
         blocks[fresh] = drawn[fresh]
         layer.set_active_values(blocks)
 

@@ -78,4 +78,4 @@ def rewire(topology: Topology, keep: Tensor, grown: Tensor) -> TopologyUpdate:
     new = torch.cat([old[keep], grown]).sort().values
     at = torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
     source = torch.where(old[at] == new, at, -1)
-    return TopologyUpdate(Topology.from_positions(new, topology.shape, topology.block), source)
+    return TopologyUpdate(topology.with_positions(new), source)

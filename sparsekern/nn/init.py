@@ -15,12 +15,12 @@ TORCH_GAIN = math.sqrt(1 / 3)
 
 def fan_in(topology: Topology) -> Tensor:
     """Active inputs of each output: (rows,) float32; padding does not count."""
-    (rows, cols), (bh, bw) = topology.shape, topology.block
-    width = torch.full((topology.nnzb,), bw, dtype=torch.float32, device=topology.device)
-    width[topology.col == topology.block_cols - 1] -= -cols % bw
+    grid, bh = topology.grid, topology.block[0]
+    widths = torch.tensor(grid.block_sizes(1), dtype=torch.float32, device=topology.device)
     per_block_row = torch.zeros(topology.block_rows, device=topology.device)
-    per_block_row.index_add_(0, topology.slot_rows(), width)
-    return per_block_row.repeat_interleave(bh, output_size=topology.block_rows * bh)[:rows]
+    per_block_row.index_add_(0, topology.slot_rows(), widths[topology.col.long()])
+    per_row = per_block_row.repeat_interleave(bh, output_size=topology.block_rows * bh)
+    return per_row.view(topology.groups, -1)[:, : grid.part[0]].flatten()
 
 
 def bounds(topology: Topology, gain: float = TORCH_GAIN) -> Tensor:
@@ -29,11 +29,11 @@ def bounds(topology: Topology, gain: float = TORCH_GAIN) -> Tensor:
     The standard deviation is gain / sqrt(fan_in of the neuron), as in Evci et al. 2022, "Gradient
     flow in sparse neural networks", section 3. A neuron without inputs counts as having one.
     """
-    (rows, _), (bh, _) = topology.shape, topology.block
+    grid = topology.grid
     per_row = gain * (3 / fan_in(topology).clamp_(min=1)).sqrt()
-    padded = per_row.new_zeros(topology.block_rows * bh)
-    padded[:rows] = per_row
-    return padded.view(-1, bh)[topology.slot_rows()].unsqueeze(-1)
+    padded = per_row.new_zeros(topology.groups, grid.part_blocks[0] * topology.block[0])
+    padded[:, : grid.part[0]] = per_row.view(topology.groups, -1)
+    return padded.view(topology.block_rows, -1)[topology.slot_rows()].unsqueeze(-1)
 
 
 def sparse_uniform_(
@@ -46,7 +46,7 @@ def sparse_uniform_(
     with torch.no_grad():
         draw_uniform_(values, generator)
         values.mul_(bounds(topology, gain).to(values.dtype))
-        return zero_padding_(values, topology)
+        return topology.clear_padding_(values)
 
 
 def draw_uniform_(
@@ -57,14 +57,3 @@ def draw_uniform_(
         return tensor.uniform_(-limit, limit, generator=generator)
     drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
     return tensor.copy_(drawn.uniform_(-limit, limit, generator=generator))
-
-
-def zero_padding_(values: Tensor, topology: Topology) -> Tensor:
-    """Zero what edge blocks hold beyond the matrix."""
-    (rows, cols), (bh, bw) = topology.shape, topology.block
-    with torch.no_grad():
-        if rows % bh:
-            values[topology.slot_rows() == topology.block_rows - 1, rows % bh :, :] = 0
-        if cols % bw:
-            values[topology.col == topology.block_cols - 1, :, cols % bw :] = 0
-    return values

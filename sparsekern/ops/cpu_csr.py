@@ -62,23 +62,12 @@ def sddmm(dy: Tensor, x: Tensor, t: Topology) -> Tensor:
             out_row,
             0,  # mode: sum
         )
-    return clear_padding(dw.view(t.nnzb, bh, bw), t)
+    return t.clear_padding_(dw.view(t.nnzb, bh, bw))
 
 
 def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor, Tensor]:
     """(dx, dw) of `spmm`; chunks of different size, so there is no transpose to share."""
     return spmm_t(dy, values, t), sddmm(dy, x, t)
-
-
-def clear_padding(blocks: Tensor, t: Topology) -> Tensor:
-    """Set what lies beyond the matrix to exactly 0, in place, even where it is NaN."""
-    (rows, cols), (bh, bw) = t.shape, t.block
-    if rows % bh and t.nnzb:
-        blocks[int(t.crow[-2]) :, rows % bh :, :] = 0
-    if cols % bw and t.nnzb:
-        # a masked fill of the last block column: perm lists its slots
-        blocks[t.perm[int(t.ccol[-2]) :].long(), :, cols % bw :] = 0
-    return blocks
 
 
 def _bag_sums(x: Tensor, bags: _Bags, outputs: int, bias: Tensor | None) -> Tensor:
@@ -134,7 +123,7 @@ def _bags(values: Tensor, t: Topology, *, transposed: bool) -> _Bags:
     if t.block == (1, 1):
         weight = values.reshape(-1)
         return _Bags(ptr, idx, weight[t.perm.long()] if transposed else weight, inputs)
-    blocks = clear_padding(values.clone(memory_format=torch.contiguous_format), t)
+    blocks = t.clear_padding_(values.clone(memory_format=torch.contiguous_format))
     if transposed:
         blocks = blocks[t.perm.long()].transpose(1, 2)
     counts = ptr.diff().long()

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sparsekern.ops import cpu_tiles, cpu_wide
-from sparsekern.ops.cpu_csr import clear_padding
 from sparsekern.ops.cpu_simd import VECS, WIDTH
 from sparsekern.ops.threads import Task, run
 
@@ -46,7 +45,7 @@ def sddmm(dy: Tensor, x: Tensor, t: Topology) -> Tensor:
     dw = x.new_zeros(t.nnzb, *t.block)
     if job.wide:
         run([job.wide_dots(dw, dy, x, part) for part in _even(t.nnzb, job.threads)])
-        clear_padding(dw, t)
+        t.clear_padding_(dw)
     else:
         _tiled_backward(job, dw, dy, x)
     return dw
@@ -61,7 +60,7 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor
         tasks = job.wide_sums(dx, dy, values, None, transposed=True)
         tasks += [job.wide_dots(dw, dy, x, part) for part in _even(t.nnzb, job.threads)]
         run(tasks)
-        clear_padding(dw, t)
+        t.clear_padding_(dw)
     else:
         _tiled_backward(job, dw, dy, x, (dx, _in_order(values, t)))
     return dx, dw
