@@ -10,7 +10,17 @@ sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 from sparsekern import ops
 from sparsekern.errors import SparseKernError
 from sparsekern.methods import SET, Method, RigL, Static
-from sparsekern.nn import SparseLinear
+from sparsekern.nn import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseGRU,
+    SparseGRUCell,
+    SparseLinear,
+    SparseLSTM,
+    SparseLSTMCell,
+    SparseRNN,
+    SparseRNNCell,
+)
 from sparsekern.swap import densify_, sparse_layers, sparsify_
 from sparsekern.topology import Topology
 
@@ -20,8 +30,16 @@ __all__ = [
     "SET",
     "Method",
     "RigL",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseGRU",
+    "SparseGRUCell",
     "SparseKernError",
+    "SparseLSTM",
+    "SparseLSTMCell",
     "SparseLinear",
+    "SparseRNN",
+    "SparseRNNCell",
     "Static",
     "Topology",
     "densify_",

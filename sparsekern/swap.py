@@ -10,16 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sparsekern.blocks import Block, as_block, check_sparsity
+from sparsekern.blocks import Block, active_count, as_block, check_sparsity
 from sparsekern.distribution import distribute
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
-from sparsekern.nn import SparseLayer, SparseLinear
+from sparsekern.nn import SparseLayer
+from sparsekern.nn.conv_arguments import check_groups
+from sparsekern.nn.kinds import SPARSE_TYPES, Weight, convert, is_depthwise, weights_of
 from sparsekern.nn.tickets import topology_of_largest
 from sparsekern.ops.dispatch import check_impl
 from sparsekern.topology import Topology
 
 Pattern = str | re.Pattern[str]
 Distribution = str | Mapping[Pattern, float] | Callable[[str, nn.Module], float]
+Blocks = Block | Mapping[Pattern, Block] | Callable[[str, nn.Module], Block]
 
 DEFAULT_EXCLUDE = ("*lm_head", "*embed_out", "*output_projection")
 """Output heads of language models, which the field leaves dense."""
@@ -28,16 +31,21 @@ INITS = ("sparse", "keep", None)
 
 
 class _Target(NamedTuple):
+    """A weight to make sparse: its name, the module that holds it, and what becomes of it."""
+
     name: str
-    module: nn.Linear
-    sparsity: float
+    owner: str
+    module: nn.Module
+    weight: Weight
+    sparsity: float = 0.0
+    block: Block = 1
 
 
 def sparsify_(
     model: nn.Module,
     sparsity: float = 0.9,
     *,
-    block: Block = 1,
+    block: Blocks = 1,
     distribution: Distribution = "erk",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[Pattern] = (),
@@ -45,17 +53,23 @@ def sparsify_(
     impl: str | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Replace the model's `nn.Linear` layers by `SparseLinear`, in place.
+    """Replace the model's linear, convolution and recurrent layers by sparse ones, in place.
+
+    `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells. The
+    matrices of a recurrent layer count one by one, under names such as "rnn.hh_l0".
 
     Build the optimizer afterwards: the layers have new parameters. Left alone are modules of other
-    types (embeddings, norms, subclasses of `nn.Linear`), layers whose weight is shared with another
-    module, output heads of language models (`DEFAULT_EXCLUDE`), and layers whose share comes out
-    as sparsity 0, which are faster dense.
+    types (embeddings, norms, subclasses), layers whose weight is shared with another module, output
+    heads of language models (`DEFAULT_EXCLUDE`), depthwise convolutions, the model's first
+    convolution if the distribution is "uniform" (Evci et al. 2020, section 3), and weights whose
+    share comes out as sparsity 0, which are faster dense.
 
     Args:
-        model: its direct or nested layers are replaced; a bare `nn.Linear` can't be.
-        sparsity: of all replaced layers together, in [0, 1).
-        block: edge or pair (outputs, inputs).
+        model: its direct or nested layers are replaced; a bare layer can't be.
+        sparsity: of all replaced weights together, in [0, 1).
+        block: edge or pair (outputs, inputs; channels of a convolution at one tap); a mapping
+            from name pattern to block (first match wins, others get 1); or a callable
+            (name, module) -> block.
         distribution: "erk", "er" or "uniform"; a mapping from name pattern to sparsity (first match
             wins, others get `sparsity`); or a callable (name, module) -> sparsity.
         filter_fn: (module, name) -> whether to replace it; takes the place of the default
@@ -73,39 +87,44 @@ def sparsify_(
 
     Raises:
         ConfigError, DtypeError, ShapeError: bad arguments, a pattern that matches nothing, or a
-            block larger than a layer. Nothing has been replaced then.
+            block larger than a weight. Nothing has been replaced then.
     """
-    as_block(block)
     check_sparsity(sparsity)
     check_impl(impl)
     if init not in INITS:
         raise ConfigError(f"`init` must be one of {INITS}; got {init!r}")
-    if isinstance(model, nn.Linear):
+    if weights_of(model):
         raise DtypeError(
-            "`model` must contain layers; for a single one use SparseLinear.from_dense"
+            f"`model` must contain layers; for a single one use "
+            f"{SPARSE_TYPES[type(model)].__name__}.from_dense"
         )
-    modules = _candidates(model, filter_fn, exclude)
-    if not modules:
-        raise ConfigError("`model` has no nn.Linear left to make sparse")
-    targets = _with_sparsity(modules, sparsity, distribution)
+    first_stays = distribution == "uniform"
+    candidates = _candidates(model, filter_fn, exclude, first_conv_stays=first_stays)
+    if not candidates:
+        kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
+        raise ConfigError(f"`model` has no layer left to make sparse ({kinds})")
+    targets = _with_blocks(_with_sparsity(candidates, sparsity, distribution), block)
     for target in targets:
-        _check_block(target, block)
-    for target in targets:
-        layer = _converted(target, block, init, impl, generator)
-        _replace(model, target.module, layer)
+        _check_cut(target)
+    for owner in dict.fromkeys(target.owner for target in targets):
+        own = [target for target in targets if target.owner == owner]
+        _replace(model, own[0].module, _converted(own, init, impl, generator))
     return model
 
 
 def densify_(model: nn.Module) -> nn.Module:
-    """Replace the model's `SparseLinear` layers by `nn.Linear` with the same weights, in place."""
+    """Replace the model's sparse layers by torch's, in place, with the same weights."""
+    done: set[int] = set()
     for module in list(model.modules()):
-        if isinstance(module, SparseLinear):
-            _replace(model, module, module.to_dense())
+        if id(module) not in done and isinstance(module, tuple(SPARSE_TYPES.values())):
+            done.update(map(id, module.modules()))  # a recurrent layer takes its matrices with it
+            dense: Any = module  # all kinds have `to_dense`
+            _replace(model, module, dense.to_dense())
     return model
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The model's sparse layers by name, each once."""
+    """The model's sparse layers by name, each once; of a recurrent layer, its matrices."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
 
 
@@ -121,25 +140,39 @@ def _candidates(
     model: nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None,
     exclude: Sequence[Pattern],
-) -> dict[str, nn.Linear]:
-    linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    *,
+    first_conv_stays: bool,
+) -> list[_Target]:
+    targets = [
+        _Target(f"{name}.{own}" if own else name, name, module, weight)
+        for name, module in model.named_modules()
+        for own, weight in weights_of(module).items()
+    ]
     for pattern in [exclude] if isinstance(exclude, str | re.Pattern) else exclude:
-        hits = [name for name, _ in model.named_modules() if _matches(pattern, name)]
+        names = dict.fromkeys([n for n, _ in model.named_modules()] + [t.name for t in targets])
+        hits = [name for name in names if _matches(pattern, name)]
         if not hits:
             raise ConfigError(f"`exclude` pattern {_show(pattern)} matches no module of the model")
-        linear = {
-            name: m
-            for name, m in linear.items()
-            if not any(name == hit or name.startswith(f"{hit}.") for hit in hits)
-        }
+        targets = [t for t in targets if not any(_is_within(t.name, hit) for hit in hits)]
     if filter_fn is not None:
-        return {name: m for name, m in linear.items() if filter_fn(m, name)}
-    shared = _shared_weights(model)
-    return {
-        name: m
-        for name, m in linear.items()
-        if id(m.weight) not in shared and not any(_matches(p, name) for p in DEFAULT_EXCLUDE)
-    }
+        return [target for target in targets if filter_fn(target.module, target.owner)]
+    shared, first = _shared_weights(model), _first_convolution(model) if first_conv_stays else None
+    return [
+        target
+        for target in targets
+        if id(target.weight.parameter) not in shared
+        and not any(_matches(p, target.owner) for p in DEFAULT_EXCLUDE)
+        and not is_depthwise(target.module)
+        and target.module is not first
+    ]
+
+
+def _is_within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+def _first_convolution(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d)), None)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -153,59 +186,98 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _with_sparsity(
-    modules: dict[str, nn.Linear], sparsity: float, distribution: Distribution
+    targets: list[_Target], sparsity: float, distribution: Distribution
 ) -> list[_Target]:
+    """Those that get a share above 0."""
     if isinstance(distribution, str):
-        shapes = {name: tuple(m.weight.shape) for name, m in modules.items()}
+        shapes = {t.name: tuple(t.weight.parameter.shape) for t in targets}
         shares: dict[str, Any] = dict(distribute(shapes, sparsity, distribution))
     elif isinstance(distribution, Mapping):
-        for pattern in distribution:
-            if not any(_matches(pattern, name) for name in modules):
-                raise ConfigError(
-                    f"`distribution` pattern {_show(pattern)} matches none of {list(modules)}"
-                )
-        shares = {
-            name: next((s for p, s in distribution.items() if _matches(p, name)), sparsity)
-            for name in modules
-        }
+        shares = _by_pattern("distribution", distribution, targets, sparsity)
     elif callable(distribution):
-        shares = {name: distribution(name, m) for name, m in modules.items()}
+        shares = {t.name: distribution(t.name, t.module) for t in targets}
     else:
         raise DtypeError(
             f"`distribution` must be a name, a dict or a callable; got {distribution!r}"
         )
-    targets = [
-        _Target(name, m, check_sparsity(shares[name], f"sparsity of layer {name!r}"))
-        for name, m in modules.items()
-    ]
-    return [target for target in targets if target.sparsity > 0]
+    checked = (
+        t._replace(sparsity=check_sparsity(shares[t.name], f"sparsity of layer {t.name!r}"))
+        for t in targets
+    )
+    return [target for target in checked if target.sparsity > 0]
 
 
-def _check_block(target: _Target, block: Block) -> None:
-    (bh, bw), shape = as_block(block), tuple(target.module.weight.shape)
-    if bh > shape[0] or bw > shape[1]:
+def _with_blocks(targets: list[_Target], block: Blocks) -> list[_Target]:
+    if isinstance(block, Mapping):
+        blocks = _by_pattern("block", block, targets, 1)
+    elif callable(block):
+        blocks = {t.name: block(t.name, t.module) for t in targets}
+    else:
+        as_block(block)
+        blocks = dict.fromkeys((t.name for t in targets), block)
+    return [target._replace(block=as_block(blocks[target.name])) for target in targets]
+
+
+def _by_pattern(
+    argument: str, values: Mapping[Pattern, Any], targets: list[_Target], default: Any
+) -> dict[str, Any]:
+    """The value of the first pattern that matches each name."""
+    names = [target.name for target in targets]
+    for pattern in values:
+        if not any(_matches(pattern, name) for name in names):
+            raise ConfigError(f"`{argument}` pattern {_show(pattern)} matches none of {names}")
+    return {
+        name: next((v for p, v in values.items() if _matches(p, name)), default) for name in names
+    }
+
+
+def _check_cut(target: _Target) -> None:
+    """The block fits the weight, and there are blocks for all groups."""
+    weight, (bh, bw) = target.weight, as_block(target.block)
+    height, width = weight.part
+    if bh > height or bw > width:
+        shape = tuple(weight.parameter.shape)
+        channels = f", {height} by {width} channels at a tap of a group" if len(shape) > 2 else ""
         raise ShapeError(
-            f"`block` {(bh, bw)} is larger than layer {target.name!r} of shape {shape}; "
+            f"`block` {(bh, bw)} is larger than layer {target.name!r} of shape {shape}{channels}; "
             f"use a smaller block or exclude=({target.name!r},)"
         )
+    active = active_count(weight.parameter.numel(), target.sparsity)
+    check_groups(round(active / (bh * bw)), weight.groups)
 
 
 def _converted(
-    target: _Target,
-    block: Block,
+    targets: list[_Target],
     init: str | None,
     impl: str | None,
     generator: torch.Generator | None,
-) -> SparseLinear:
-    module, shape = target.module, tuple(target.module.weight.shape)
-    if init == "keep":
-        topology = topology_of_largest(module.weight, target.sparsity, block)
-    else:
-        topology = Topology.random(shape, block, sparsity=target.sparsity, generator=generator)
-    layer = SparseLinear.from_topology(module, topology, impl=impl)
+) -> Any:
+    """The sparse layer of one module, with all of its targets."""
+    topologies = {t.weight.name: _topology(t, init, generator) for t in targets}
+    layer: Any = convert(targets[0].module, topologies, impl)
     if init == "sparse":
         layer.reset_parameters(generator)
     return layer
+
+
+def _topology(target: _Target, init: str | None, generator: torch.Generator | None) -> Topology:
+    weight = target.weight
+    if init == "keep":
+        return topology_of_largest(
+            weight.matrix(),
+            target.sparsity,
+            target.block,
+            groups=weight.groups,
+            taps=weight.taps,
+        )
+    return Topology.random(
+        weight.shape,
+        target.block,
+        sparsity=target.sparsity,
+        groups=weight.groups,
+        taps=weight.taps,
+        generator=generator,
+    )
 
 
 def _matches(pattern: Pattern, name: str) -> bool:

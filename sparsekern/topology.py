@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -294,12 +294,14 @@ class Topology:
 
     def with_arrays(self, arrays: Sequence[Tensor]) -> Topology:
         """The same matrix, cut alike, with other connections; unchecked, see `validate`."""
-        return Topology(self.shape, self.block, *arrays, groups=self.groups, taps=self.taps)
+        named: dict[str, Any] = dict(zip(ARRAY_NAMES, arrays, strict=True))
+        return replace(self, **named)
 
     def with_positions(self, positions: Tensor) -> Topology:
         """The same matrix, cut alike, with these blocks active; see `from_positions`."""
-        parts = {"groups": self.groups, "taps": self.taps}
-        return Topology.from_positions(positions, self.shape, self.block, **parts)
+        return Topology.from_positions(
+            positions, self.shape, self.block, groups=self.groups, taps=self.taps
+        )
 
     def to_mask(self) -> Tensor:
         """Dense bool mask (rows, cols)."""
@@ -416,9 +418,7 @@ class Topology:
                     f"`{name}` must be a 1-D int32 tensor; got {array.dim()}-D {array.dtype}"
                 )
         _check_compressed(self.crow, self.col, grid.rows, grid.cols, ("crow", "col"))
-        _check_compressed(
-            self.ccol, self.row, grid.groups * grid.cols, grid.rows, ("ccol", "row")
-        )
+        _check_compressed(self.ccol, self.row, grid.groups * grid.cols, grid.rows, ("ccol", "row"))
         rebuilt = self.with_positions(self.positions())
         for name in ARRAY_NAMES[2:]:
             if not torch.equal(getattr(self, name), getattr(rebuilt, name)):

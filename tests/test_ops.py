@@ -16,7 +16,7 @@ from sparsekern.errors import (
     SparseKernError,
     UnavailableError,
 )
-from sparsekern.ops import crossover, dispatch, library
+from sparsekern.ops import checks, crossover, dispatch, library
 from sparsekern.topology import Topology
 
 # (tokens, rows, cols, block, sparsity): 1, primes, block - 1, block + 1, full, nearly empty, empty
@@ -268,7 +268,8 @@ def test_what_is_not_finite_shows_without_active_blocks_too(impl, bad, norm):
 def test_the_density_has_no_say_in_grow_scores(monkeypatch):
     asked = []
     real = ops.resolve
-    monkeypatch.setattr(ops, "resolve", lambda *args: asked.append(args[4:]) or real(*args))
+    for module in (ops, checks):
+        monkeypatch.setattr(module, "resolve", lambda *args: asked.append(args[4:]) or real(*args))
     topology = Topology.random((40, 33), 4, sparsity=0.1)
     ops.grow_scores(torch.ones(5, 40), torch.ones(5, 33), topology, 2)
     ops.spmm(torch.ones(5, 33), torch.ones(topology.values_shape), topology)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparsekern import ops
 from sparsekern.nn import SparseLayer
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import register
@@ -97,15 +96,7 @@ class GradientObserver:
     def _stream(self) -> None:
         dys, xs = zip(*self._pairs, strict=True)
         self._pairs.clear()
-        self._scores = ops.grow_scores(
-            dys,
-            xs,
-            self.layer.topology,
-            self.k,
-            norm=self.norm,
-            reduce=self.reduce,
-            impl=self.layer.impl,
-        )
+        self._scores = self.layer.grow_scores(dys, xs, self.k, self.norm, self.reduce)
 
     def _reset(self) -> None:
         self._pairs.clear()

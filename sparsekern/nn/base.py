@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
+from sparsekern import ops
 from sparsekern.errors import DtypeError, ShapeError, TopologyError
-from sparsekern.nn.init import sparse_uniform_
+from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
+from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
 from sparsekern.ops.dispatch import check_impl, resolve
 from sparsekern.topology import ARRAY_NAMES, Topology
@@ -23,8 +25,8 @@ class WeightView:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the dense weight, (rows, cols)."""
-        return torch.Size(self._layer.matrix_shape)
+        """Shape of the dense weight, as torch's dense layer has it."""
+        return torch.Size(self._layer.weight_shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,7 +51,7 @@ class WeightView:
         )
 
     def to_dense(self) -> Tensor:
-        """The dense weight (rows, cols), made anew and detached; zero where nothing is active."""
+        """The dense weight, made anew and detached; zero where nothing is active."""
         return self._layer.dense_weight()
 
     def __repr__(self) -> str:
@@ -86,6 +88,7 @@ class SparseLayer(nn.Module):
         self.impl = impl
         self.matrix_shape = topology.shape
         self.block = topology.block
+        self._cut = topology.groups, topology.taps
         self._capture_key = 0
         for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
             self.register_buffer(name, array)
@@ -99,8 +102,14 @@ class SparseLayer(nn.Module):
     @property
     def topology(self) -> Topology:
         """The current connections; shares memory with the buffers."""
-        arrays = [getattr(self, name) for name in ARRAY_NAMES]
-        return Topology(self.matrix_shape, self.block, *arrays)
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAY_NAMES}
+        groups, taps = self._cut
+        return Topology(self.matrix_shape, self.block, **arrays, groups=groups, taps=taps)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight; the matrix's own unless a subclass differs."""
+        return self.matrix_shape
 
     @property
     def weight(self) -> WeightView:
@@ -131,16 +140,20 @@ class SparseLayer(nn.Module):
         return resolve(self.impl, like.device, like.dtype, self.block, density)
 
     def mask(self) -> Tensor:
-        """Dense bool mask (rows, cols) of the active weights."""
-        return self.topology.to_mask()
+        """Dense bool mask of the active weights, of the shape of `weight`."""
+        return self.as_weight(self.topology.to_mask())
 
     def active_values(self) -> Tensor:
         """Active weights (nnzb, bh, bw), detached, whatever the storage."""
         return self.pack(self.values.detach())
 
     def dense_weight(self) -> Tensor:
-        """Dense weight (rows, cols), detached."""
-        return self.topology.unpack(self.active_values())
+        """Dense weight, detached, as torch's dense layer holds it."""
+        return self.as_weight(self.topology.unpack(self.active_values()))
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix (rows, cols) in the shape of the dense layer's weight; differentiable."""
+        return matrix
 
     def pack(self, tensor: Tensor) -> Tensor:
         """A tensor of the shape of `values`, seen as blocks (nnzb, bh, bw)."""
@@ -174,12 +187,25 @@ class SparseLayer(nn.Module):
             for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
                 getattr(self, name).copy_(array)
 
-    def reset_values(self, generator: torch.Generator | None = None) -> None:
-        """Draw the active weights anew, scaled by each neuron's active inputs."""
+    def reset_values(
+        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+    ) -> None:
+        """Draw the active weights anew, scaled by each neuron's active inputs; see `nn.init`."""
         blocks = torch.empty(
             self.topology.values_shape, dtype=self.values.dtype, device=self.values.device
         )
-        self.set_active_values(sparse_uniform_(blocks, self.topology, generator=generator))
+        self.set_active_values(sparse_uniform_(blocks, self.topology, gain, generator))
+
+    def grow_scores(
+        self,
+        dys: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        k: int,
+        norm: str,
+        reduce: Callable[[Tensor], None] | None,
+    ) -> GrowScores:
+        """Score the dense gradient of pairs (dy, x) from `capture`; see `ops.grow_scores`."""
+        return ops.grow_scores(dys, xs, self.topology, k, norm=norm, reduce=reduce, impl=self.impl)
 
     def observe(self, key: int) -> None:
         """Pass (dy, x) of coming backward passes to the capture sink `key`; 0 stops it."""
@@ -188,7 +214,7 @@ class SparseLayer(nn.Module):
     # ---- for subclasses
 
     def _observed(self, y: Tensor, x: Tensor) -> Tensor:
-        """Route `y` (M, rows) = f(x (M, cols)) through the capture operator if observed."""
+        """Route y = f(x) through the capture operator if observed."""
         if self._capture_key and torch.is_grad_enabled() and y.requires_grad:
             return cast(Tensor, capture(y, x, self._capture_key))
         return y
@@ -216,7 +242,7 @@ class SparseLayer(nn.Module):
                 f"state of {prefix!r} must hold values and all of {ARRAY_NAMES}; got only {present}"
             )
         arrays = [state[prefix + name] for name in ARRAY_NAMES]
-        incoming = Topology(self.matrix_shape, self.block, *arrays).validate()
+        incoming = self.topology.with_arrays(arrays).validate()
         shape = state[prefix + "values"].shape
         if incoming.nnzb != self.topology.nnzb or shape != self.values.shape:
             raise ShapeError(

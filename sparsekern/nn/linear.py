@@ -12,7 +12,7 @@ from sparsekern.blocks import Block
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.init import draw_uniform_
-from sparsekern.nn.tickets import topology_of_largest, topology_of_mask
+from sparsekern.nn.tickets import check_mask, topology_of
 from sparsekern.topology import Topology
 
 
@@ -123,15 +123,10 @@ class SparseLinear(SparseLayer):
         """
         if not isinstance(module, nn.Linear):
             raise DtypeError(f"`module` must be an nn.Linear; got {type(module).__name__}")
-        if sparsity is not None and mask is not None:
-            raise ConfigError("give `sparsity` or `mask`, not both")
         weight = module.weight.detach()
-        if sparsity is not None:
-            topology = topology_of_largest(weight, sparsity, block)
-        elif mask is not None:
-            topology = topology_of_mask(mask.to(weight.device), weight.shape, block)
-        else:
-            topology = Topology.from_mask(weight, block)
+        if mask is not None:
+            check_mask(mask, weight)
+        topology = topology_of(weight, block, sparsity=sparsity, mask=mask)
         return cls.from_topology(module, topology, impl=impl)
 
     @classmethod

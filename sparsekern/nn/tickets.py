@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from sparsekern.blocks import Block, active_count, check_sparsity
-from sparsekern.errors import ShapeError, TopologyError
+from sparsekern.errors import ConfigError, ShapeError, TopologyError
 from sparsekern.ops import block_norm
 from sparsekern.topology import Topology
 
 
-def topology_of_mask(mask: Tensor, shape: Sequence[int], block: Block) -> Topology:
-    """The topology of a ticket: a mask made of whole blocks.
+def topology_of(
+    weight: Tensor,
+    block: Block,
+    *,
+    sparsity: float | None = None,
+    mask: Tensor | None = None,
+    groups: int = 1,
+    taps: int = 1,
+) -> Topology:
+    """The connections to take over from a dense weight matrix.
+
+    Args:
+        weight: (rows, cols).
+        block: edge or pair.
+        sparsity: keep the blocks of largest magnitude that hold this share of the weights.
+        mask: (rows, cols), keep these weights. Without both, every block with a nonzero.
+        groups: parts of the rows.
+        taps: parts of the columns.
 
     Raises:
-        ShapeError: the mask has another shape than the weight.
+        ConfigError: both are given, or sparsity is outside [0, 1).
+        TopologyError: some block of the mask is active only in part.
+    """
+    if sparsity is not None and mask is not None:
+        raise ConfigError("give `sparsity` or `mask`, not both")
+    parts = {"groups": groups, "taps": taps}
+    if sparsity is not None:
+        return topology_of_largest(weight, sparsity, block, **parts)
+    if mask is not None:
+        return topology_of_mask(mask.to(weight.device), block, **parts)
+    return Topology.from_mask(weight, block, **parts)
+
+
+def check_mask(mask: Tensor, weight: Tensor) -> None:
+    """Raise `ShapeError` unless `mask` has the shape of the dense layer's `weight`."""
+    if mask.shape != weight.shape:
+        raise ShapeError(
+            f"`mask` must have the weight's shape {tuple(weight.shape)}; got {tuple(mask.shape)}"
+        )
+
+
+def topology_of_mask(mask: Tensor, block: Block, *, groups: int = 1, taps: int = 1) -> Topology:
+    """The topology of a ticket: a mask (rows, cols) made of whole blocks.
+
+    Raises:
         TopologyError: some block is active only in part.
     """
-    if mask.shape != torch.Size(shape):
-        raise ShapeError(
-            f"`mask` must have the weight's shape {tuple(shape)}; got {tuple(mask.shape)}"
-        )
-    topology = Topology.from_mask(mask, block)
+    topology = Topology.from_mask(mask, block, groups=groups, taps=taps)
     partial = topology.nnz - int((mask != 0).sum())
     if partial:
         raise TopologyError(
@@ -34,13 +68,16 @@ def topology_of_mask(mask: Tensor, shape: Sequence[int], block: Block) -> Topolo
     return topology
 
 
-def topology_of_largest(weight: Tensor, sparsity: float, block: Block) -> Topology:
+def topology_of_largest(
+    weight: Tensor, sparsity: float, block: Block, *, groups: int = 1, taps: int = 1
+) -> Topology:
     """The blocks with the largest summed magnitude that hold the asked number of weights.
 
     The count is exact to within one block; ties go to the lowest position.
     """
     target = active_count(weight.numel(), check_sparsity(sparsity))
-    full = Topology.random(weight.shape, block, sparsity=0.0).to(weight.device)
+    full = Topology.random(weight.shape, block, sparsity=0.0, groups=groups, taps=taps)
+    full = full.to(weight.device)
     scores = block_norm(full.pack(weight.detach()), "l1")
     sizes = full.pack(torch.ones_like(weight, dtype=torch.int64)).sum((1, 2))
     order = torch.argsort(scores, descending=True, stable=True)
@@ -49,4 +86,4 @@ def topology_of_largest(weight: Tensor, sparsity: float, block: Block) -> Topolo
     if n < len(held) and 2 * (target - (int(held[n - 1]) if n else 0)) >= int(sizes[order[n]]):
         n += 1
     positions = full.positions()[order[: max(n, 1)]].sort().values
-    return Topology.from_positions(positions, weight.shape, block)
+    return full.with_positions(positions)

@@ -12,17 +12,40 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from sparsekern.errors import ConfigError, ShapeError
+from sparsekern.geometry import ConvGeometry
 from sparsekern.ops import flops, library
+from sparsekern.ops.checks import (
+    check_bias,
+    check_device,
+    check_operand,
+    check_tokens,
+    check_values,
+    check_whole,
+    implementation,
+)
+from sparsekern.ops.conv import conv2d, conv2d_dgrad, conv2d_grow_scores, conv2d_wgrad
 from sparsekern.ops.dispatch import BACKENDS, resolve
-from sparsekern.ops.grow import NORMS, GrowScores, block_norm, check_norm, stream_grow_scores
+from sparsekern.ops.grow import (
+    NORMS,
+    GrowScores,
+    block_norm,
+    check_norm,
+    linear_slabs,
+    stream_grow_scores,
+)
 from sparsekern.topology import Topology
 
 __all__ = [
     "BACKENDS",
     "NORMS",
+    "ConvGeometry",
     "GrowScores",
     "block_norm",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_grow_scores",
+    "conv2d_wgrad",
     "flops",
     "grow_scores",
     "resolve",
@@ -59,15 +82,13 @@ def spmm(
         ShapeError, DtypeError, DeviceError, ConfigError, UnavailableError: bad arguments.
     """
     rows, cols = topology.shape
-    _check_values(values, topology)
-    _check_operand("x", x, cols, values)
-    if bias is not None:
-        _check_operand("bias", bias, rows, values)
-        if bias.dim() != 1:
-            raise ShapeError(f"`bias` must have shape ({rows},); got {tuple(bias.shape)}")
+    check_whole(topology)
+    check_values(values, topology)
+    check_operand("x", x, cols, values)
+    check_bias(bias, rows, values)
     if activation not in (None, "relu"):
         raise ConfigError(f"`activation` must be None or 'relu'; got {activation!r}")
-    rest = *library.parts(topology), activation == "relu", _implementation(impl, values, topology)
+    rest = *library.parts(topology), activation == "relu", implementation(impl, values, topology)
     y: Tensor = library.spmm(x.reshape(-1, cols), values, bias, *rest)
     return y.view(*x.shape[:-1], rows)
 
@@ -75,9 +96,10 @@ def spmm(
 def spmm_t(dy: Tensor, values: Tensor, topology: Topology, *, impl: str | None = None) -> Tensor:
     """Transposed SpMM, dx = dy w: (..., rows) -> (..., cols). The gradient of `spmm` for x."""
     rows, cols = topology.shape
-    _check_values(values, topology)
-    _check_operand("dy", dy, rows, values)
-    impl = _implementation(impl, values, topology)
+    check_whole(topology)
+    check_values(values, topology)
+    check_operand("dy", dy, rows, values)
+    impl = implementation(impl, values, topology)
     dx: Tensor = library.spmm_t(dy.reshape(-1, rows), values, *library.parts(topology), impl)
     return dx.view(*dy.shape[:-1], cols)
 
@@ -97,16 +119,17 @@ def sddmm(
     `layer.values.grad`, dw is added to it in place; that call is not differentiable.
     """
     rows, cols = topology.shape
-    _check_operand("x", x, cols, x)
-    _check_operand("dy", dy, rows, x)
-    _check_tokens(dy, x)
-    _check_device(topology, x)
+    check_whole(topology)
+    check_operand("x", x, cols, x)
+    check_operand("dy", dy, rows, x)
+    check_tokens(dy, x)
+    check_device(topology, x)
     flat = dy.reshape(-1, rows), x.reshape(-1, cols)
-    rest = *library.parts(topology), _implementation(impl, x, topology)
+    rest = *library.parts(topology), implementation(impl, x, topology)
     if out is None:
         dw: Tensor = library.sddmm(*flat, *rest)
         return dw
-    _check_values(out, topology)
+    check_values(out, topology)
     if not out.is_contiguous():
         raise ShapeError(f"`out` must be contiguous; got strides {out.stride()}")
     if out.requires_grad:
@@ -138,56 +161,21 @@ def grow_scores(
             pairs, `reduce` and unstructured weights stream slabs of the gradient.
     """
     check_norm(norm)
+    check_whole(topology)
     if k < 0:
         raise ConfigError(f"`k` must not be negative; got {k}")
     dys, xs = ([t] if isinstance(t, Tensor) else list(t) for t in (dy, x))
     if len(dys) != len(xs) or not xs:
         raise ShapeError(f"`dy` and `x` must come in pairs; got {len(dys)} and {len(xs)}")
     for one_dy, one_x in zip(dys, xs, strict=True):
-        _check_operand("x", one_x, topology.shape[1], one_x)
-        _check_operand("dy", one_dy, topology.shape[0], one_x)
-        _check_tokens(one_dy, one_x)
-        _check_device(topology, one_x)
+        check_operand("x", one_x, topology.shape[1], one_x)
+        check_operand("dy", one_dy, topology.shape[0], one_x)
+        check_tokens(one_dy, one_x)
+        check_device(topology, one_x)
     # a graph would keep every slab
     dys, xs = ([t.detach().reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
     if reduce is not None:
-        return stream_grow_scores(dys, xs, topology, k, norm, reduce)
+        return stream_grow_scores(linear_slabs(dys, xs), xs[0], topology, k, norm, reduce)
     # the gradient is dense whatever the density
     impl = resolve(impl, xs[0].device, xs[0].dtype, topology.block)
     return GrowScores(*library.grow_scores(dys, xs, *library.parts(topology), k, norm, impl))
-
-
-def _implementation(impl: str | None, like: Tensor, topology: Topology) -> str:
-    return resolve(impl, like.device, like.dtype, topology.block, topology.block_density)
-
-
-def _check_values(values: Tensor, topology: Topology) -> None:
-    if tuple(values.shape) != topology.values_shape:
-        raise ShapeError(
-            f"`values` must have shape {topology.values_shape}; got {tuple(values.shape)}"
-        )
-    if not values.is_floating_point():
-        raise DtypeError(f"`values` must be floating point; got {values.dtype}")
-    _check_device(topology, values)
-
-
-def _check_operand(name: str, tensor: Tensor, size: int, like: Tensor) -> None:
-    if tensor.dim() < 1 or tensor.shape[-1] != size:
-        raise ShapeError(f"`{name}` must have shape (..., {size}); got {tuple(tensor.shape)}")
-    if tensor.dtype != like.dtype or not tensor.is_floating_point():
-        raise DtypeError(f"`{name}` must have dtype {like.dtype}; got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise DeviceError(f"`{name}` must be on {like.device}; got {tensor.device}")
-
-
-def _check_tokens(dy: Tensor, x: Tensor) -> None:
-    if dy.shape[:-1] != x.shape[:-1]:
-        raise ShapeError(
-            "`dy` and `x` must share their leading sizes; "
-            f"got {tuple(dy.shape[:-1])} and {tuple(x.shape[:-1])}"
-        )
-
-
-def _check_device(topology: Topology, like: torch.Tensor) -> None:
-    if topology.device != like.device:
-        raise DeviceError(f"topology must be on {like.device}; got {topology.device}")

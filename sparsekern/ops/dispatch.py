@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, UnavailableError
+from sparsekern.geometry import ConvGeometry
 from sparsekern.ops.crossover import dense_wins
 from sparsekern.topology import Topology
 
@@ -54,10 +55,57 @@ class Backend(Protocol):
         """dx and dw at once."""
 
 
+class ConvBackend(Protocol):
+    """What a backend module offers for convolutions; images (N, C, H, W) of any strides.
+
+    Images come back in the memory format of the image they are made from (`layout.format_of`).
+    """
+
+    def conv2d(
+        self,
+        x: Tensor,
+        values: Tensor,
+        topology: Topology,
+        geometry: ConvGeometry,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, P, Q)."""
+
+    def conv2d_dgrad(
+        self,
+        dy: Tensor,
+        values: Tensor,
+        topology: Topology,
+        geometry: ConvGeometry,
+        *,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """(N, C_out, P, Q) -> (N, C_in, *size)."""
+
+    def conv2d_wgrad(
+        self, dy: Tensor, x: Tensor, topology: Topology, geometry: ConvGeometry
+    ) -> Tensor:
+        """(N, C_out, P, Q), (N, C_in, H, W) -> (nnzb, bh, bw)."""
+
+    def conv2d_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        values: Tensor,
+        topology: Topology,
+        geometry: ConvGeometry,
+    ) -> tuple[Tensor, Tensor]:
+        """dx, in the format of x, and dw at once."""
+
+
+class FullBackend(Backend, ConvBackend, Protocol):
+    """A backend module as a whole."""
+
+
 @functools.cache
-def backend(impl: str) -> Backend:
+def backend(impl: str) -> FullBackend:
     """The module behind a resolved implementation name."""
-    return cast(Backend, importlib.import_module(BACKENDS[impl]))
+    return cast(FullBackend, importlib.import_module(BACKENDS[impl]))
 
 
 def check_impl(impl: str | None) -> None:

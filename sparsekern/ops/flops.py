@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsekern.ops import library  # noqa: F401  defines the operators counted here
+from sparsekern.ops import conv_library, library
 from sparsekern.topology import ARRAY_NAMES, Topology
 
 
 def product_flops(tokens: int, topology: Topology, impl: str = "cpu") -> int:
-    """FLOPs of one of `spmm`, `spmm_t`, `sddmm` over `tokens` rows of activations."""
-    layout = [*topology.shape, *topology.block]
-    return _product(tokens, topology.nnzb, layout, impl)
+    """FLOPs of one product with a weight over `tokens` rows of activations, or output pixels."""
+    return _product(tokens, topology.nnzb, library.parts(topology)[-1], impl)
 
 
 def grow_flops(tokens: int, topology: Topology) -> int:
@@ -28,7 +27,7 @@ def grow_flops(tokens: int, topology: Topology) -> int:
 
 
 def _product(tokens: int, nnzb: int, layout: Sequence[int], impl: str) -> int:
-    rows, cols, bh, bw = layout
+    rows, cols, bh, bw = layout[:4]
     weights = rows * cols if impl in ("dense", "masked") else nnzb * bh * bw
     return 2 * tokens * weights
 
@@ -62,5 +61,27 @@ def _(dy: Any, x: Any, values: Any, *rest: Any, **_: Any) -> int:
 
 @register_flop_formula(_ops.grow_scores)
 def _(dys: Any, xs: Any, *rest: Any, **_: Any) -> int:
-    rows, cols, _bh, _bw = rest[len(ARRAY_NAMES)]
+    rows, cols, *_ = rest[len(ARRAY_NAMES)]
     return sum(2 * int(dy[0]) for dy in dys) * int(rows) * int(cols)
+
+
+def _convolution(batch: int, rest: tuple[Any, ...]) -> int:
+    """FLOPs of one product of a convolution: the weights once for each output pixel."""
+    *arrays, layout, impl = rest
+    out_height, out_width = conv_library.output_size(layout)
+    return _product(batch * out_height * out_width, arrays[1][0], layout, impl)
+
+
+@register_flop_formula(_ops.conv2d)
+def _(x: Any, _values: Any, _bias: Any, *rest: Any, **_: Any) -> int:
+    return _convolution(x[0], rest)
+
+
+@register_flop_formula([_ops.conv2d_dgrad, _ops.conv2d_wgrad])
+def _(dy: Any, _other: Any, *rest: Any, **_: Any) -> int:
+    return _convolution(dy[0], rest)
+
+
+@register_flop_formula(_ops.conv2d_backward)
+def _(dy: Any, _x: Any, _values: Any, *rest: Any, **_: Any) -> int:
+    return 2 * _convolution(dy[0], rest)

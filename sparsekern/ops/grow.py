@@ -6,13 +6,17 @@ already notes that it can be computed online, keeping only the top connections.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsekern.blocks import Grid, tiles_of
 from sparsekern.errors import ConfigError
+from sparsekern.geometry import ConvGeometry
+from sparsekern.ops.masked import dense_wgrad
 from sparsekern.select import StreamedTopK
 from sparsekern.topology import Topology
 
@@ -25,6 +29,10 @@ NORMS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
     "max": lambda t, dims: t.abs().amax(dims),
 }
 """How a block's entries become one score. `l2` leaves out the root, which keeps the order."""
+
+
+Slabs = Callable[[slice], Tensor]
+"""Makes some rows of a dense gradient, as (n, cols)."""
 
 
 class GrowScores(NamedTuple):
@@ -59,9 +67,9 @@ def block_norm(blocks: Tensor, norm: str) -> Tensor:
 
 
 def slab_block_rows(topology: Topology) -> int:
-    """Block rows per slab: at most `SLAB_ELEMENTS` elements and an eighth of the layer."""
-    width = topology.block[0] * topology.shape[1]
-    return max(1, min(SLAB_ELEMENTS // width, topology.block_rows // 8))
+    """Block rows per slab: at most `SLAB_ELEMENTS` elements, an eighth of the layer, one group."""
+    width, rows = topology.block[0] * topology.shape[1], topology.block_rows
+    return max(1, min(SLAB_ELEMENTS // width, rows // 8, rows // topology.groups))
 
 
 def grow_scores_of(
@@ -81,7 +89,7 @@ def grow_scores_of(
         from sparsekern.kernels.bsr_grow import bsr_grow  # noqa: PLC0415  triton is optional
 
         return _pick(bsr_grow(dys[0], xs[0], topology.block, norm).flatten(), topology, k)
-    return stream_grow_scores(dys, xs, topology, k, norm)
+    return stream_grow_scores(linear_slabs(dys, xs), xs[0], topology, k, norm)
 
 
 def _pick(scores: Tensor, topology: Topology, k: int) -> GrowScores:
@@ -96,63 +104,95 @@ def _pick(scores: Tensor, topology: Topology, k: int) -> GrowScores:
     return GrowScores(active, *best.result())
 
 
+def linear_slabs(dys: Sequence[Tensor], xs: Sequence[Tensor]) -> Slabs:
+    """Slabs of the signed sum of dyᵀ x over pairs (M_i, rows), (M_i, cols)."""
+    wide = [_wide(x) for x in xs]
+
+    def slab(rows: slice) -> Tensor:
+        first, *others = (_wide(dy[:, rows]) for dy in dys)
+        total = first.t() @ wide[0]
+        for dy, x in zip(others, wide[1:], strict=True):
+            total.addmm_(dy.t(), x)
+        return total
+
+    return slab
+
+
+def conv_slabs(dys: Sequence[Tensor], xs: Sequence[Tensor], geometry: ConvGeometry) -> Slabs:
+    """The same for a convolution's pairs (N_i, C_out, P, Q), (N_i, C_in, H, W)."""
+    outputs, inputs = dys[0].shape[1] // geometry.groups, xs[0].shape[1] // geometry.groups
+    one_group = replace(geometry, groups=1)
+
+    def slab(rows: slice) -> Tensor:
+        group = rows.start // outputs
+        channels = slice(group * inputs, (group + 1) * inputs)
+        pairs = ((_wide(dy[:, rows]), _wide(x[:, channels])) for dy, x in zip(dys, xs, strict=True))
+        first, *others = (dense_wgrad(dy, x, one_group) for dy, x in pairs)
+        for other in others:
+            first += other
+        return first
+
+    return slab
+
+
 def stream_grow_scores(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
+    slab_of: Slabs,
+    like: Tensor,
     topology: Topology,
     k: int,
     norm: str,
     reduce: Callable[[Tensor], None] | None = None,
 ) -> GrowScores:
-    """Score the signed sum of dyᵀ x over all pairs, one slab of rows at a time.
+    """Score a dense gradient that comes one slab of rows at a time.
 
     Args:
-        dys: gradients of the outputs, each (M_i, rows).
-        xs: inputs, each (M_i, cols).
+        slab_of: makes the rows of a slice of the gradient, (n, cols), anew at each call; a slice
+            lies within one group.
+        like: has the device and dtype of the activations.
         topology: what is active now.
         k: how many inactive blocks to report; fewer come back if fewer are inactive.
         norm: one of `NORMS`; plain magnitude for block (1, 1).
         reduce: sums a slab over ranks in place, before any absolute value is taken.
     """
-    dtype = torch.float64 if xs[0].dtype is torch.float64 else torch.float32
-    wide = [x.to(dtype) for x in xs]
-    step, (bh, bw) = slab_block_rows(topology), topology.block
-    active = torch.empty(topology.nnzb, dtype=dtype, device=xs[0].device)
-    best = StreamedTopK(k, active)
+    collected: list[Tensor] = []
+    best = StreamedTopK(k, _wide(like.new_empty(0)))
     bounds = topology.crow.tolist()
-    for first in range(0, topology.block_rows, step):
-        last = min(first + step, topology.block_rows)
-        rows = slice(first * bh, min(last * bh, topology.shape[0]))
-        slab = _dense_slab([dy[:, rows].to(dtype) for dy in dys], wide)
+    for first, last, rows in _slab_rows(topology):
+        slab = slab_of(rows)
         if reduce is not None:
             reduce(slab)
-        scores = _slab_scores(slab, (bh, bw), norm)
+        scores = _slab_scores(slab, topology.grid, last - first, norm)
         lo, hi = bounds[first], bounds[last]
         counts = topology.crow[first : last + 1].long().diff()
         local = torch.repeat_interleave(counts, output_size=hi - lo) * topology.block_cols
         at = local + topology.col[lo:hi]
-        active[lo:hi] = scores[at]
+        collected.append(scores[at])
         # NaN must stay visible in `active`; elsewhere it is caught by counting it as +inf
         scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
         scores[at] = -torch.inf
         best.push(scores, first * topology.block_cols)
-    return GrowScores(active, *best.result())
+    return GrowScores(torch.cat(collected), *best.result())
 
 
-def _dense_slab(dys: list[Tensor], xs: list[Tensor]) -> Tensor:
-    slab = dys[0].t() @ xs[0]
-    for dy, x in zip(dys[1:], xs[1:], strict=True):
-        slab.addmm_(dy.t(), x)
-    return slab
+def _slab_rows(topology: Topology) -> Iterator[tuple[int, int, slice]]:
+    """Block rows [first, last) of each slab, and the rows that they hold; in order."""
+    step, bh, grid = slab_block_rows(topology), topology.block[0], topology.grid
+    height, down = grid.part[0], grid.part_blocks[0]
+    for group in range(topology.groups):
+        for first in range(0, down, step):
+            last = min(first + step, down)
+            rows = slice(group * height + first * bh, group * height + min(last * bh, height))
+            yield group * down + first, group * down + last, rows
 
 
-def _slab_scores(slab: Tensor, block: tuple[int, int], norm: str) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def _slab_scores(slab: Tensor, grid: Grid, block_rows: int, norm: str) -> Tensor:
     """Flat block scores of a slab, which is used up."""
-    bh, bw = block
-    if block == (1, 1):
+    if grid.block == (1, 1):
         return slab.abs_().flatten()
-    pad = (0, -slab.shape[1] % bw, 0, -slab.shape[0] % bh)
-    if any(pad):
-        slab = torch.nn.functional.pad(slab, pad)
-    tiles = slab.view(slab.shape[0] // bh, bh, slab.shape[1] // bw, bw)
-    return NORMS[norm](tiles, (1, 3)).flatten()
+    part = Grid((len(slab), grid.shape[1]), grid.block, block_rows, grid.cols, 1, grid.taps)
+    return NORMS[norm](tiles_of(slab, part), (1, 3)).flatten()

@@ -1,6 +1,6 @@
-"""The `torch.library` operators of the namespace `sparsekern::`.
+"""The `torch.library` operators of the namespace `sparsekern::`; convolutions in `conv_library`.
 
-A topology crosses the operator boundary as its index arrays and four sizes, because schemas
+A topology crosses the operator boundary as its index arrays and six sizes, because schemas
 know tensors and ints only; everything else in the library passes a `Topology`. The three products
 are closed under differentiation: each gradient is again one of them.
 
@@ -20,24 +20,27 @@ from sparsekern.ops.dispatch import backend
 from sparsekern.ops.grow import grow_scores_of
 from sparsekern.topology import ARRAY_NAMES, Topology
 
-_TOPOLOGY = ", ".join(f"Tensor {name}" for name in ARRAY_NAMES) + ", int[] layout"
+TOPOLOGY = ", ".join(f"Tensor {name}" for name in ARRAY_NAMES) + ", int[] layout"
 _COL, _LAYOUT = 1, len(ARRAY_NAMES)  # places among the trailing arguments
-_NO_GRADS = [None] * (len(ARRAY_NAMES) + 2)
+NO_GRADS = [None] * (len(ARRAY_NAMES) + 2)
 _make_library: Any = torch.library.Library  # untyped in torch
 _LIBRARY = _make_library("sparsekern", "DEF")
 
 
 def parts(topology: Topology) -> tuple[Any, ...]:
-    """A topology as operator arguments: index arrays, and (rows, cols, bh, bw)."""
-    return *topology.arrays, [*topology.shape, *topology.block]
+    """A topology as operator arguments: index arrays, and [rows, cols, bh, bw, groups, taps]."""
+    return *topology.arrays, [*topology.shape, *topology.block, topology.groups, topology.taps]
 
 
-def _topology(*parts: Any) -> Topology:
-    *arrays, (rows, cols, bh, bw) = parts
-    return Topology((rows, cols), (bh, bw), *arrays)
+def topology_of(*parts: Any) -> Topology:
+    """Inverse of `parts`; a convolution's sizes may follow in the last one."""
+    *arrays, layout = parts
+    rows, cols, bh, bw, groups, taps = layout[:6]
+    named: dict[str, Any] = dict(zip(ARRAY_NAMES, arrays, strict=True))
+    return Topology((rows, cols), (bh, bw), **named, groups=groups, taps=taps)
 
 
-def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an operator with its kernel for real tensors and the one that only knows shapes."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -51,37 +54,37 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 
 def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     *parts, relu, impl = rest
-    return backend(impl).spmm(x, values, _topology(*parts), bias, relu=relu)
+    return backend(impl).spmm(x, values, topology_of(*parts), bias, relu=relu)
 
 
 def _spmm_t(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
     *parts, impl = rest
-    return backend(impl).spmm_t(dy, values, _topology(*parts))
+    return backend(impl).spmm_t(dy, values, topology_of(*parts))
 
 
 def _sddmm(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     *parts, impl = rest
-    return backend(impl).sddmm(dy, x, _topology(*parts))
+    return backend(impl).sddmm(dy, x, topology_of(*parts))
 
 
 def _sddmm_add(out: Tensor, dy: Tensor, x: Tensor, *rest: Any) -> None:
     *parts, impl = rest
     with torch.no_grad():
-        backend(impl).sddmm(dy, x, _topology(*parts), out=out)
+        backend(impl).sddmm(dy, x, topology_of(*parts), out=out)
     if impl == "triton":  # a kernel writes unseen: whoever saved `out` must notice
         torch.autograd.graph.increment_version(out)
 
 
 def _spmm_backward(dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *parts, impl = rest
-    return backend(impl).backward(dy, x, values, _topology(*parts))
+    return backend(impl).backward(dy, x, values, topology_of(*parts))
 
 
 def _grow_scores(
     dys: Sequence[Tensor], xs: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *parts, k, norm, impl = rest
-    scores = grow_scores_of(dys, xs, _topology(*parts), k, norm, impl)
+    scores = grow_scores_of(dys, xs, topology_of(*parts), k, norm, impl)
     return scores.active, scores.positions, scores.scores
 
 
@@ -97,7 +100,7 @@ def _fake_spmm_t(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_sddmm(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(rest[_COL].shape[0], *rest[_LAYOUT][2:])
+    return x.new_empty(rest[_COL].shape[0], *rest[_LAYOUT][2:4])
 
 
 def _fake_sddmm_add(out: Tensor, dy: Tensor, x: Tensor, *rest: Any) -> None:
@@ -116,27 +119,27 @@ def _fake_grow_scores(dys: Any, xs: Any, *rest: Any) -> tuple[Tensor, Tensor, Te
     return xs[0].new_empty(col.shape[0], dtype=dtype), best.long(), best
 
 
-spmm = _define(
-    f"spmm(Tensor x, Tensor values, Tensor? bias, {_TOPOLOGY}, bool relu, str impl) -> Tensor",
+spmm = define(
+    f"spmm(Tensor x, Tensor values, Tensor? bias, {TOPOLOGY}, bool relu, str impl) -> Tensor",
     _spmm,
     _fake_spmm,
 )
-spmm_t = _define(
-    f"spmm_t(Tensor dy, Tensor values, {_TOPOLOGY}, str impl) -> Tensor", _spmm_t, _fake_spmm_t
+spmm_t = define(
+    f"spmm_t(Tensor dy, Tensor values, {TOPOLOGY}, str impl) -> Tensor", _spmm_t, _fake_spmm_t
 )
-sddmm = _define(f"sddmm(Tensor dy, Tensor x, {_TOPOLOGY}, str impl) -> Tensor", _sddmm, _fake_sddmm)
-sddmm_add = _define(
-    f"sddmm_add(Tensor(a!) out, Tensor dy, Tensor x, {_TOPOLOGY}, str impl) -> ()",
+sddmm = define(f"sddmm(Tensor dy, Tensor x, {TOPOLOGY}, str impl) -> Tensor", _sddmm, _fake_sddmm)
+sddmm_add = define(
+    f"sddmm_add(Tensor(a!) out, Tensor dy, Tensor x, {TOPOLOGY}, str impl) -> ()",
     _sddmm_add,
     _fake_sddmm_add,
 )
-spmm_backward = _define(
-    f"spmm_backward(Tensor dy, Tensor x, Tensor values, {_TOPOLOGY}, str impl) -> (Tensor, Tensor)",
+spmm_backward = define(
+    f"spmm_backward(Tensor dy, Tensor x, Tensor values, {TOPOLOGY}, str impl) -> (Tensor, Tensor)",
     _spmm_backward,
     _fake_spmm_backward,
 )
-grow_scores = _define(
-    f"grow_scores(Tensor[] dys, Tensor[] xs, {_TOPOLOGY}, int k, str norm, str impl)"
+grow_scores = define(
+    f"grow_scores(Tensor[] dys, Tensor[] xs, {TOPOLOGY}, int k, str norm, str impl)"
     " -> (Tensor, Tensor, Tensor)",
     _grow_scores,
     _fake_grow_scores,
@@ -146,12 +149,13 @@ grow_scores = _define(
 # ---- autograd: the products are closed under differentiation
 
 
-def _keep(ctx: Any, *operands: Any) -> None:
+def keep(ctx: Any, *operands: Any) -> None:
+    """Save tensors, layout and implementation for the backward pass."""
     *tensors, ctx.layout, ctx.impl = operands
     ctx.save_for_backward(*tensors)
 
 
-def _restore(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
+def restore(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
     """The saved operands, and the trailing arguments of every product."""
     saved = ctx.saved_tensors
     n = len(saved) - len(ARRAY_NAMES)
@@ -163,7 +167,8 @@ def _plain_spmm(x: Tensor, values: Tensor, rest: tuple[Any, ...]) -> Any:
     return spmm(x, values, None, *parts, False, impl)
 
 
-def _below_autograd(op: Any, *args: Any) -> Any:
+def below_autograd(op: Any, *args: Any) -> Any:
+    """Call an operator from its own autograd function."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -172,13 +177,13 @@ class _Spmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Any:
         *parts, relu, impl = rest
-        y = _below_autograd(spmm, x, values, bias, *rest)
-        _keep(ctx, x, values, *((y,) if relu else ()), *parts, impl)
+        y = below_autograd(spmm, x, values, bias, *rest)
+        keep(ctx, x, values, *((y,) if relu else ()), *parts, impl)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (x, values, *clamped), rest = _restore(ctx)
+        (x, values, *clamped), rest = restore(ctx)
         if clamped:  # the derivative of max(y, 0) can be read off its result
             dy = torch.ops.aten.threshold_backward(dy, clamped[0], 0)
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
@@ -189,59 +194,72 @@ class _Spmm(torch.autograd.Function):
             dx = spmm_t(dy, values, *rest)
         elif needs_values:
             dw = sddmm(dy, x, *rest)
-        return dx, dw, dy.sum(0) if needs_bias else None, *_NO_GRADS, None
+        return dx, dw, dy.sum(0) if needs_bias else None, *NO_GRADS, None
 
 
-class _SpmmT(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, values: Tensor, *rest: Any) -> Any:
-        _keep(ctx, dy, values, *rest)
-        return _below_autograd(spmm_t, dy, values, *rest)
+def gradient_functions(
+    product: Callable[..., Any], transposed: Any, sampled: Any, backward: Any
+) -> tuple[Any, Any, Any]:
+    """Autograd functions of a product's three gradient operators, which are products again.
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (dy, values), rest = _restore(ctx)
-        needs_dy, needs_values = ctx.needs_input_grad[:2]
-        d_dy = _plain_spmm(g, values, rest) if needs_dy else None
-        d_values = sddmm(dy, g, *rest) if needs_values else None
-        return d_dy, d_values, *_NO_GRADS
+    Args:
+        product: (x, values, rest) -> y.
+        transposed: the operator of dx, (dy, values, *rest).
+        sampled: of dw, (dy, x, *rest).
+        backward: of both, (dy, x, values, *rest).
+    """
+
+    class Transposed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, dy: Tensor, values: Tensor, *rest: Any) -> Any:
+            keep(ctx, dy, values, *rest)
+            return below_autograd(transposed, dy, values, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+            (dy, values), rest = restore(ctx)
+            needs_dy, needs_values = ctx.needs_input_grad[:2]
+            d_dy = product(g, values, rest) if needs_dy else None
+            d_values = sampled(dy, g, *rest) if needs_values else None
+            return d_dy, d_values, *NO_GRADS
+
+    class Sampled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, dy: Tensor, x: Tensor, *rest: Any) -> Any:
+            keep(ctx, dy, x, *rest)
+            return below_autograd(sampled, dy, x, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+            (dy, x), rest = restore(ctx)
+            needs_dy, needs_x = ctx.needs_input_grad[:2]
+            d_dy = product(x, g, rest) if needs_dy else None
+            d_x = transposed(dy, g, *rest) if needs_x else None
+            return d_dy, d_x, *NO_GRADS
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> Any:
+            keep(ctx, dy, x, values, *rest)
+            return below_autograd(backward, dy, x, values, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, gx: Tensor, gw: Tensor) -> tuple[Any, ...]:
+            (dy, x, values), rest = restore(ctx)
+            needs_dy, needs_x, needs_values = ctx.needs_input_grad[:3]
+            d_dy = product(gx, values, rest) + product(x, gw, rest) if needs_dy else None
+            d_x = transposed(dy, gw, *rest) if needs_x else None
+            d_values = sampled(dy, gx, *rest) if needs_values else None
+            return d_dy, d_x, d_values, *NO_GRADS
+
+    return Transposed, Sampled, Backward
 
 
-class _Sddmm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, *rest: Any) -> Any:
-        _keep(ctx, dy, x, *rest)
-        return _below_autograd(sddmm, dy, x, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (dy, x), rest = _restore(ctx)
-        needs_dy, needs_x = ctx.needs_input_grad[:2]
-        d_dy = _plain_spmm(x, g, rest) if needs_dy else None
-        d_x = spmm_t(dy, g, *rest) if needs_x else None
-        return d_dy, d_x, *_NO_GRADS
+def differentiate(functions: dict[str, Any]) -> None:
+    """Give operators, by name, their autograd functions."""
+    for name, function in functions.items():
+        _LIBRARY.impl(name, function.apply, "Autograd")
 
 
-class _SpmmBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> Any:
-        _keep(ctx, dy, x, values, *rest)
-        return _below_autograd(spmm_backward, dy, x, values, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, gx: Tensor, gw: Tensor) -> tuple[Any, ...]:
-        (dy, x, values), rest = _restore(ctx)
-        needs_dy, needs_x, needs_values = ctx.needs_input_grad[:3]
-        d_dy = _plain_spmm(gx, values, rest) + _plain_spmm(x, gw, rest) if needs_dy else None
-        d_x = spmm_t(dy, gw, *rest) if needs_x else None
-        d_values = sddmm(dy, gx, *rest) if needs_values else None
-        return d_dy, d_x, d_values, *_NO_GRADS
-
-
-for _name, _function in (
-    ("spmm", _Spmm),
-    ("spmm_t", _SpmmT),
-    ("sddmm", _Sddmm),
-    ("spmm_backward", _SpmmBackward),
-):
-    _LIBRARY.impl(_name, _function.apply, "Autograd")
+_transposed, _sampled, _both = gradient_functions(_plain_spmm, spmm_t, sddmm, spmm_backward)
+differentiate({"spmm": _Spmm, "spmm_t": _transposed, "sddmm": _sampled, "spmm_backward": _both})

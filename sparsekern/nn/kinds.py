@@ -1,0 +1,76 @@
+"""Which of torch's layers have a sparse counterpart, their weights, and how to convert them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from sparsekern.nn.conv import SparseConv1d, SparseConv2d, matrix_of
+from sparsekern.nn.linear import SparseLinear
+from sparsekern.topology import Topology
+
+
+class Weight(NamedTuple):
+    """A weight that can be sparse.
+
+    Attributes:
+        name: within its module: "" if it is the only one, else such as "hh_l0".
+        parameter: as torch holds it.
+        groups: of a convolution.
+        taps: kernel positions of a convolution.
+    """
+
+    name: str
+    parameter: Tensor
+    groups: int = 1
+    taps: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the weight as a matrix."""
+        rows = self.parameter.shape[0]
+        return rows, self.parameter.numel() // rows
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Rows of a group, columns of a tap: what a block must fit into."""
+        rows, cols = self.shape
+        return rows // self.groups, cols // self.taps
+
+    def matrix(self) -> Tensor:
+        """The weight as that matrix, taps first, detached."""
+        parameter = self.parameter.detach()
+        return parameter if parameter.dim() == 2 else matrix_of(parameter)
+
+
+SPARSE_TYPES: dict[type[nn.Module], Any] = {
+    nn.Linear: SparseLinear,
+    nn.Conv1d: SparseConv1d,
+    nn.Conv2d: SparseConv2d,
+}
+"""Torch's layers and their sparse counterparts."""
+
+
+def weights_of(module: nn.Module) -> dict[str, Weight]:
+    """The weights of one module that can be sparse, by name; none of other and derived types."""
+    kind = type(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and kind in SPARSE_TYPES:
+        taps = math.prod(module.kernel_size)
+        return {"": Weight("", module.weight, module.groups, taps)}
+    if isinstance(module, nn.Linear) and kind in SPARSE_TYPES:
+        return {"": Weight("", module.weight)}
+    return {}
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution with a single input channel in each of several groups."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and module.in_channels == module.groups > 1
+
+
+def convert(module: nn.Module, topologies: Mapping[str, Topology], impl: str | None) -> Any:
+    """The sparse layer with the values of `module` at these connections, by weight name."""
+    sparse = SPARSE_TYPES[type(module)]
+    return sparse.from_topology(module, topologies[""], impl=impl)
