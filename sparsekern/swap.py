@@ -233,6 +233,8 @@ def _by_pattern(
 
 def _check_cut(target: _Target) -> None:
     """The block fits the weight, and there are blocks for all groups."""
+    if is_depthwise(target.module):
+        raise ConfigError(f"layer {target.name!r} is a depthwise convolution: leave it dense")
     weight, (bh, bw) = target.weight, as_block(target.block)
     height, width = weight.part
     if bh > height or bw > width:

@@ -1,5 +1,6 @@
 """`sparsify_`, `densify_` and the distributions."""
 
+import copy
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from support import integer_values, integers
 from torch import nn
 
 from sparsekern import SparseLinear, densify_, sparse_layers, sparsify_
+from sparsekern.blocks import active_count
 from sparsekern.distribution import DISTRIBUTIONS, distribute
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError
 
@@ -194,3 +196,135 @@ def test_a_bare_layer_cannot_be_replaced_in_place():
     with pytest.raises(ConfigError, match="no layer left to make sparse"):
         sparsify_(nn.Sequential(nn.ReLU()))
     assert isinstance(sparsify_(nn.Sequential(nn.Linear(9, 9)), 0.5)[0], SparseLinear)
+
+
+# ---- convolutions and recurrent layers
+
+
+class Everything(nn.Module):
+    """One of each kind of layer, and what stays dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, groups=2), nn.BatchNorm2d(16))
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.signal = nn.Conv1d(4, 8, 3)
+        self.rnn = nn.LSTM(8, 12, 2, bidirectional=True, proj_size=4)
+        self.cell = nn.GRUCell(8, 8)
+        self.up = nn.ConvTranspose2d(8, 4, 2)
+        self.head = nn.Linear(16, 10)
+
+
+RECURRENT = {f"rnn.{m}_l{i}{d}" for m in ("ih", "hh", "hr") for i in "01" for d in ("", "_reverse")}
+SPARSE = {"stem", "body.0", "signal", "head", "cell.ih", "cell.hh", *RECURRENT}
+
+
+def test_every_kind_of_layer_is_replaced_and_depthwise_stays_dense():
+    model = sparsify_(Everything(), 0.5, distribution="er")
+    assert set(sparse_layers(model)) == SPARSE
+    assert type(model.depthwise) is nn.Conv2d
+    assert type(model.up) is nn.ConvTranspose2d
+
+
+def test_under_uniform_the_first_convolution_stays_dense():
+    model = sparsify_(Everything(), 0.5, distribution="uniform")
+    assert set(sparse_layers(model)) == SPARSE - {"stem"}
+    chosen = sparsify_(
+        Everything(),
+        0.5,
+        distribution="uniform",
+        filter_fn=lambda m, _: type(m) is nn.Conv2d and m.groups < 16,
+    )
+    assert set(sparse_layers(chosen)) == {"stem", "body.0"}
+
+
+def test_each_weight_gets_the_count_that_the_reference_code_gives_it():
+    model = Everything()
+    only = ("stem", "body.0", "signal", "head")
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in only}
+    sparsify_(model, 0.7, filter_fn=lambda _, name: name in only)
+    shares = distribute(shapes, 0.7, "erk")
+    for name, layer in sparse_layers(model).items():
+        size = torch.Size(shapes[name]).numel()
+        assert layer.nnz == active_count(size, shares[name])
+        assert layer.weight.shape == shapes[name]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_densify_gives_back_modules_that_compute_the_same_bits():
+    model = sparsify_(Everything(), 0.6, init=None)
+    twin = densify_(copy.deepcopy(model))
+    assert not sparse_layers(twin)
+    assert {type(m) for m in twin.modules()} == {type(m) for m in Everything().modules()}
+    original = Everything()
+    own = original.state_dict()
+    assert {k: v.shape for k, v in twin.state_dict().items()} == {
+        k: v.shape for k, v in own.items()
+    }
+    original.load_state_dict(twin.state_dict())
+    image, tokens = torch.randn(2, 3, 7, 7), torch.randn(5, 2, 8)
+    for run in (
+        lambda m: m.body(m.stem(image)),
+        lambda m: m.rnn(tokens)[0],
+        lambda m: m.cell(tokens[0]),
+        lambda m: m.signal(image[:, 0, :4]),
+    ):
+        assert torch.equal(run(twin.eval()), run(original.eval()))
+    for name, layer in sparse_layers(model).items():
+        owner, _, own_name = name.rpartition(".")
+        recurrent = owner in {"rnn", "cell"}
+        key = f"{owner}.weight_{own_name}" if recurrent else f"{name}.weight"
+        assert torch.equal(layer.weight.to_dense(), twin.state_dict()[key])
+
+
+def test_blocks_by_name_and_by_function():
+    model = sparsify_(Everything(), 0.5, block={"rnn.hh*": 4, re.compile("^body"): (2, 4)})
+    blocks = {name: layer.block for name, layer in sparse_layers(model).items()}
+    assert blocks["body.0"] == (2, 4)
+    assert blocks["rnn.hh_l1_reverse"] == (4, 4)
+    assert blocks["head"] == blocks["rnn.ih_l0"] == (1, 1)
+    by_size = sparsify_(Everything(), 0.5, block=lambda name, m: 8 if name == "head" else 1)
+    assert sparse_layers(by_size)["head"].block == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        ({"block": 8}, ShapeError, r"\(8, 8\) is larger than layer 'stem' of shape \(8, 3, 3, 3\)"),
+        ({"block": {"no*": 4}}, ConfigError, "`block` pattern 'no\\*' matches none of"),
+        ({"block": lambda *_: "4"}, DtypeError, "`block` must be an int or a pair"),
+        ({"exclude": ["rnn.xh_l0"]}, ConfigError, "'rnn.xh_l0' matches no module"),
+        (
+            {"distribution": {"body*": 0.95}, "block": {"body*": (8, 4)}},
+            ConfigError,
+            "each of 2 groups needs an active block; got 1",
+        ),
+        (
+            {"filter_fn": lambda m, _: getattr(m, "groups", 1) == 16},
+            ConfigError,
+            "'depthwise' is a depthwise convolution: leave it dense",
+        ),
+    ],
+)
+def test_bad_input_on_convolutions_changes_nothing(kwargs, error, text):
+    model = Everything()
+    modules = list(model.modules())
+    with pytest.raises(error, match=text) as info:
+        sparsify_(model, 0.9, **kwargs)
+    assert isinstance(info.value, SparseKernError)
+    assert list(model.modules()) == modules
+
+
+def test_one_matrix_of_a_recurrent_layer_can_be_left_dense():
+    model = sparsify_(Everything(), 0.5, exclude=["rnn.ih*", "cell"])
+    layers = sparse_layers(model)
+    assert not any(name.startswith(("rnn.ih", "cell")) for name in layers)
+    assert "rnn.hh_l0" in layers
+    assert type(model.rnn.ih_l0) is nn.Linear
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d(4, 4, 3), nn.GRU(4, 4)], ids=["conv", "gru"])
+def test_a_bare_layer_of_any_kind_is_no_model(kind):
+    with pytest.raises(DtypeError, match=rf"Sparse{type(kind).__name__}\.from_dense"):
+        sparsify_(kind)

@@ -212,3 +212,73 @@ def test_bad_input(call, error, text):
     with pytest.raises(error, match=text) as info:
         call()
     assert isinstance(info.value, SparseKernError)
+
+
+# ---- groups and taps: the weight of a convolution
+
+CUT = [  # shape, groups, taps, block
+    ((12, 36), 1, 9, (4, 2)),
+    ((14, 30), 2, 6, (4, 3)),
+    ((9, 10), 3, 2, 1),
+    ((6, 8), 2, 1, (3, 8)),
+    ((10, 21), 1, 3, (3, 5)),
+]
+
+
+@pytest.mark.parametrize(("shape", "groups", "taps", "block"), CUT)
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.8])
+def test_parts_are_cut_by_themselves_and_survive_every_round_trip(
+    shape, groups, taps, block, sparsity
+):
+    parts = {"groups": groups, "taps": taps}
+    topology = Topology.random(shape, block, sparsity=sparsity, **parts).validate()
+    (bh, bw), mask = topology.block, topology.to_mask()
+    assert abs(topology.nnz - active_count(shape[0] * shape[1], sparsity)) < max(2, bh * bw)
+    assert int(mask.sum()) == topology.nnz
+    assert Topology.from_mask(mask, block, **parts) == topology
+    assert topology.with_positions(topology.positions()) == topology
+    dense = torch.randn(shape) * mask
+    assert torch.equal(topology.unpack(topology.pack(dense)), dense)
+    # each part, looked at alone, is made of whole blocks
+    height, width = shape[0] // groups, shape[1] // taps
+    blocks = 0
+    for part in mask.view(groups, height, taps, width).transpose(1, 2).flatten(0, 1):
+        blocks += Topology.from_mask(part, block).nnzb
+        assert torch.equal(Topology.from_mask(part, block).to_mask(), part)
+    assert blocks == topology.nnzb
+    assert topology.nbytes == 4 * (
+        2 * topology.block_rows + 2 * groups * topology.block_cols + 2 + 3 * topology.nnzb
+    )
+
+
+def test_the_transpose_of_a_grouped_weight_goes_group_by_group():
+    topology = Topology.random((14, 30), (4, 3), sparsity=0.4, groups=2, taps=6)
+    keys = torch.repeat_interleave(topology.ccol.long().diff())
+    rows, cols = topology.slot_rows(), topology.col.long()
+    slots = topology.perm.long()
+    assert torch.equal(topology.row.long(), rows[slots])
+    assert torch.equal(keys, rows[slots] // 2 * topology.block_cols + cols[slots])
+
+
+def test_padding_is_cleared_in_every_part():
+    topology = Topology.random((14, 30), (4, 3), sparsity=0, groups=2, taps=6)
+    values = torch.full(topology.values_shape, float("nan"))
+    inside = topology.pack(torch.ones(14, 30)) == 1
+    values[inside] = 1
+    topology.clear_padding_(values)
+    assert torch.equal(values, inside.float())
+    assert int(inside.sum()) == 14 * 30 < values.numel()
+
+
+def test_parts_tell_topologies_apart():
+    plain = Topology.random((8, 8), 2, sparsity=0)
+    cut = Topology.random((8, 8), 2, sparsity=0, groups=2, taps=4)
+    assert plain != cut
+    assert plain.digest() != cut.digest()
+    assert repr(cut).startswith("Topology(shape=(8, 8), block=(2, 2), groups=2, taps=4, nnzb=16")
+    with pytest.raises(ShapeError, match=r"got shape=\(8, 8\), block=\(2, 2\) and shape="):
+        plain.diff(cut)
+    with pytest.raises(ShapeError, match="3 groups and 1 taps must divide the shape"):
+        Topology.random((8, 8), 2, sparsity=0, groups=3)
+    with pytest.raises(ShapeError, match="larger than the channels of a group: 4 outputs, 2 in"):
+        Topology.random((8, 8), 4, sparsity=0, groups=2, taps=4)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sparsekern import ops
 from sparsekern.blocks import Block, Grid
@@ -22,7 +21,7 @@ from sparsekern.nn.conv_arguments import Padding, check_channels, check_groups, 
 from sparsekern.nn.init import draw_uniform_
 from sparsekern.nn.tickets import check_mask, topology_of
 from sparsekern.ops import GrowScores
-from sparsekern.ops.masked import to_kernel, to_matrix
+from sparsekern.ops.masked import dense_conv2d, to_kernel, to_matrix
 from sparsekern.topology import Topology
 
 Sizes = int | tuple[int, ...]
@@ -171,9 +170,8 @@ class SparseConv(SparseLayer):
             bias = None if bias is None else bias.to(dtype)
         images = self._as_images(self._pads.apply(x))
         if self.dense_mask is not None:
-            g, kernel = self.geometry, to_kernel(values * self.dense_mask, self.geometry)
-            g.output_size(*images.shape[2:])
-            y = functional.conv2d(images, kernel, bias, g.stride, g.padding, g.dilation, g.groups)
+            self.geometry.output_size(*images.shape[2:])
+            y = dense_conv2d(images, values * self.dense_mask, self.geometry, bias)
         else:
             y = ops.conv2d(images, values, self.topology, self.geometry, bias, impl=self.impl)
         return self._from_images(self._observed(y, images), x)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d, matrix_of
 from sparsekern.nn.linear import SparseLinear
+from sparsekern.nn.recurrent import RECURRENT
+from sparsekern.nn.recurrent_base import matrices
 from sparsekern.topology import Topology
 
 
@@ -50,6 +52,7 @@ SPARSE_TYPES: dict[type[nn.Module], Any] = {
     nn.Linear: SparseLinear,
     nn.Conv1d: SparseConv1d,
     nn.Conv2d: SparseConv2d,
+    **RECURRENT,
 }
 """Torch's layers and their sparse counterparts."""
 
@@ -57,6 +60,8 @@ SPARSE_TYPES: dict[type[nn.Module], Any] = {
 def weights_of(module: nn.Module) -> dict[str, Weight]:
     """The weights of one module that can be sparse, by name; none of other and derived types."""
     kind = type(module)
+    if kind in RECURRENT:
+        return {name: Weight(name, parameter) for name, parameter in matrices(module).items()}
     if isinstance(module, nn.Conv1d | nn.Conv2d) and kind in SPARSE_TYPES:
         taps = math.prod(module.kernel_size)
         return {"": Weight("", module.weight, module.groups, taps)}
@@ -73,4 +78,7 @@ def is_depthwise(module: nn.Module) -> bool:
 def convert(module: nn.Module, topologies: Mapping[str, Topology], impl: str | None) -> Any:
     """The sparse layer with the values of `module` at these connections, by weight name."""
     sparse = SPARSE_TYPES[type(module)]
+    if type(module) in RECURRENT:
+        every = {name: topologies.get(name) for name in weights_of(module)}
+        return sparse.from_topologies(module, every, impl=impl)
     return sparse.from_topology(module, topologies[""], impl=impl)

@@ -57,8 +57,14 @@ def conv2d(
     x: Tensor, values: Tensor, topology: Topology, geometry: ConvGeometry, bias: Tensor | None
 ) -> Tensor:
     """y = x * w + bias: (N, C_in, H, W) -> (N, C_out, P, Q)."""
-    g, kernel = geometry, to_kernel(topology.unpack(values), geometry)
+    return dense_conv2d(x, topology.unpack(values), geometry, bias)
+
+
+def dense_conv2d(x: Tensor, matrix: Tensor, geometry: ConvGeometry, bias: Tensor | None) -> Tensor:
+    """The same with the dense weight (C_out, kh kw C_in / groups), taps first."""
+    g, kernel = geometry, to_kernel(matrix, geometry)
     y = functional.conv2d(x, kernel, bias, g.stride, g.padding, g.dilation, g.groups)
+    # torch may choose by the weight, which as 1 x 1 is both contiguous and channels-last
     return y.contiguous(memory_format=format_of(x))
 
 
