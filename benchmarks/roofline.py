@@ -68,7 +68,11 @@ DEVICES = (H200,)
 
 @dataclass(frozen=True)
 class Problem:
-    """One product: M tokens, K inputs, N outputs, weights of `block` (outputs, inputs)."""
+    """One product: M tokens, K inputs, N outputs, weights of `block` (outputs, inputs).
+
+    A convolution's tokens are output pixels and K counts every tap; `read` is how many numbers of
+    its input there are for each of them in memory, where a linear layer has K.
+    """
 
     M: int
     K: int
@@ -76,6 +80,12 @@ class Problem:
     block: tuple[int, int]
     density: float
     kind: str = "bf16"
+    read: int | None = None
+
+    @property
+    def activations(self) -> int:
+        """Numbers in memory of both activations."""
+        return self.M * ((self.K if self.read is None else self.read) + self.N)
 
     @property
     def flops(self) -> float:
@@ -217,7 +227,7 @@ class Roofline:
 
     def _dense(self, problem: Problem) -> Prediction:
         size = ELEMENT_BYTES[problem.kind]
-        held = problem.M * (problem.K + problem.N) + problem.K * problem.N
+        held = problem.activations + problem.K * problem.N
         core = "CUDA cores" if problem.kind == "fp32" else "TC"
         walls = {
             core: problem.flops / self.device.flops[problem.kind],
@@ -228,7 +238,7 @@ class Roofline:
     def _grow(self, problem: Problem) -> Prediction:
         dense, size = replace(problem, density=1.0), ELEMENT_BYTES[problem.kind]
         scores = 4 * problem.K * problem.N / (problem.block[0] * problem.block[1])
-        read = size * problem.M * (problem.K + problem.N)
+        read = size * problem.activations
         return self._tiled(dense, GROW_TILE, (read + scores) / self.device.hbm)
 
     def _bytes(self, problem: Problem) -> float:
@@ -236,7 +246,7 @@ class Roofline:
         size = ELEMENT_BYTES[problem.kind]
         weights = problem.K * problem.N * problem.density
         index = 4 / (problem.block[0] * problem.block[1])
-        return size * problem.M * (problem.K + problem.N) + (size + index) * weights
+        return size * problem.activations + (size + index) * weights
 
 
 def _smem_share(rows: int, cols: int) -> float:

@@ -253,7 +253,7 @@ def small_net(impl, block, seed=0):
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(),
         nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.ReLU(),
-        nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(16, 4),
+        nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(36, 4),
     )  # fmt: skip
     return sparsify_(model, 0.6, block=block, impl=impl, exclude=["6"])
 

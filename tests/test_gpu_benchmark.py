@@ -26,7 +26,7 @@ interpreted = pytest.mark.skipif(
     reason="needs Triton's interpreter in this process",
 )
 PARTS = (
-    *("correctness", "dense", "bsr", "csr", "update", "peers", "probe"),
+    *("correctness", "dense", "bsr", "csr", "conv", "update", "peers", "probe"),
     *("variants", "resident"),
 )
 KEY = {"device": "cpu", "torch": "x", "triton": "y", "sources": "z", "launch_table": "shipped"}

@@ -26,7 +26,7 @@ GRACE_SECONDS = 20  # for a part that is past its deadline in the middle of a ca
 START_SECONDS = 15  # of a part's process, until its own clock runs
 SAVE_SECONDS = 2.0  # between two writes of a part's rows
 NAMES = (
-    *("correctness", "dense", "bsr", "csr", "update", "peers", "probe"),
+    *("correctness", "dense", "bsr", "csr", "conv", "update", "peers", "probe"),
     *("variants", "resident", "pytest"),
 )
 

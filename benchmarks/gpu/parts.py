@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu import speed
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.cases import Block, groups
+from benchmarks.gpu.conv import conv
 from benchmarks.gpu.correctness import Row, broken_group, check_group
 from benchmarks.gpu.environment import ROOT
 from benchmarks.gpu.layers import check_layers
@@ -127,6 +128,7 @@ PARTS = {
     "dense": Part(speed.dense, 15, gated=False),
     "bsr": Part(speed.bsr, 100),
     "csr": Part(speed.csr, 50),
+    "conv": Part(conv, 60, gated=False),
     "update": Part(update, 60),
     "peers": Part(peers, 90),
     "probe": Part(probe, 25),
