@@ -2,7 +2,8 @@
 
 A layer under observation passes its output through `capture`; in backward, the sink registered
 under that key receives the pair (dy, x). The operators are opaque to `torch.compile`, so a compiled
-layer can be observed too. Layers that are not observed never call them.
+layer can be observed too. Layers that are not observed never call them. A layer whose backward pass
+is a function of its own (`sparsekern.nn.scan`) calls `expect` and `receive` itself.
 """
 
 from __future__ import annotations
@@ -36,21 +37,31 @@ def register(sink: Sink) -> int:
     return key
 
 
-@torch.library.custom_op("sparsekern::capture", mutates_args=())
-def capture(y: Tensor, x: Tensor, key: int) -> Tensor:
-    """Return a copy of `y`, and tell the sink that a backward pass may follow."""
+def expect(key: int) -> None:
+    """Tell the sink, if there is one, that a backward pass may follow."""
     sink = _sinks.get(key)
     if sink is not None:
         sink.expect()
+
+
+def receive(key: int, dy: Tensor, x: Tensor) -> None:
+    """Give (dy, x) to the sink, if there is one."""
+    sink = _sinks.get(key)
+    if sink is not None:
+        sink.receive(dy, x)
+
+
+@torch.library.custom_op("sparsekern::capture", mutates_args=())
+def capture(y: Tensor, x: Tensor, key: int) -> Tensor:
+    """Return a copy of `y`, and tell the sink that a backward pass may follow."""
+    expect(key)
     return y.clone()
 
 
 @torch.library.custom_op("sparsekern::capture_backward", mutates_args=())
 def capture_backward(dy: Tensor, x: Tensor, key: int) -> Tensor:
     """Give (dy, x) to the sink; return a copy of dy."""
-    sink = _sinks.get(key)
-    if sink is not None:
-        sink.receive(dy, x)
+    receive(key, dy, x)
     return dy.clone()
 
 
