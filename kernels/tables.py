@@ -4,16 +4,19 @@ One JSON file per architecture class in `kernels/tables/`. A key is
 
     op / kind / edge / rows / loads      for example  spmm/half/64/short/tma
 
-op: spmm, spmm_t, sddmm, grow, csr_spmm, csr_spmm_t, csr_sddmm. kind: see `launch`. edge: of the
-output block (spmm, spmm_t), the larger one of the block (sddmm), "any" for the rest. rows: shape
-class, "short", "long" or "any". loads: "tma" (tensor descriptors) or "pointer"; every operation has
-a pointer entry, and a launcher takes the tma entry where there is one and its operands allow it.
+op: spmm, spmm_t, sddmm, grow, csr_spmm, csr_spmm_t, csr_sddmm, and those of convolutions: conv2d,
+conv2d_dgrad, conv2d_wgrad and the same after csr_. kind: see `launch`. edge: of the output block
+(spmm, spmm_t, conv2d, conv2d_dgrad), the larger one of the block (sddmm, conv2d_wgrad), "any" for
+the rest. rows: shape class, "short", "long" or "any". loads: "tma" (tensor descriptors) or
+"pointer"; every operation has a pointer entry, and a launcher takes the tma entry where there is
+one and its operands allow it.
 
 spmm_resident and spmm_t_resident are optional: an entry sends the products of blocks with that
 larger edge to `bsr_spmm_resident` where it fits. No shipped table has one, as that kernel has not
 been measured.
 
-Nothing is tuned at import or at launch. `sparsekern tune` measures and writes a table for one GPU;
+Nothing is tuned at import or at launch. `sparsekern tune` measures the operations of `CONFIGS` and
+writes a table for one GPU;
 the environment variable SPARSEKERN_LAUNCH_TABLE names such a file, whose entries then replace those
 of the shipped table of its architecture.
 """
@@ -28,6 +31,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "CONFIGS",
+    "CONV",
     "ENVIRONMENT",
     "OPTIONAL",
     "CsrConfig",
@@ -64,10 +68,10 @@ class Key(NamedTuple):
     def parse(text: str) -> "Key":
         """Inverse of `str`; raises ValueError."""
         parts = text.split("/")
-        if len(parts) != len(Key._fields) or parts[0] not in CONFIGS | OPTIONAL:
+        if len(parts) != len(Key._fields) or parts[0] not in _KNOWN:
             raise ValueError(
                 f"a launch key must read op/kind/edge/rows/loads with op one of "
-                f"{sorted(CONFIGS | OPTIONAL)}; got {text!r}"
+                f"{sorted(_KNOWN)}; got {text!r}"
             )
         return Key(*parts)
 
@@ -142,8 +146,20 @@ CONFIGS: dict[str, type[Any]] = {
 }
 """Fields of each operation's entries."""
 
+CONV: dict[str, type[Any]] = {
+    "conv2d": SpmmConfig,
+    "conv2d_dgrad": SpmmConfig,
+    "conv2d_wgrad": SddmmConfig,
+    "csr_conv2d": CsrConfig,
+    "csr_conv2d_dgrad": CsrConfig,
+    "csr_conv2d_wgrad": CsrSddmmConfig,
+}
+"""The same for convolutions, where a pixel is a token."""
+
 OPTIONAL: dict[str, type[Any]] = {"spmm_resident": RingConfig, "spmm_t_resident": RingConfig}
 """The same for operations that a table may leave out."""
+
+_KNOWN = CONFIGS | CONV | OPTIONAL
 
 _overrides: dict[tuple[str, Key], Any] = {}
 
@@ -163,7 +179,7 @@ def read(path: str | Path) -> tuple[str, dict[Key, Config]]:
 
 
 def _config(text: str, fields: Mapping[str, Any]) -> Config:
-    kind: type[Any] = (CONFIGS | OPTIONAL)[Key.parse(text).op]
+    kind: type[Any] = _KNOWN[Key.parse(text).op]
     if not isinstance(fields, dict) or set(fields) != set(kind._fields):
         raise ValueError(f"entry {text!r} must have the fields {kind._fields}; got {fields}")
     config: Config = kind(**fields)

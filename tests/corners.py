@@ -8,8 +8,10 @@ address below the tensor instead of a wrong one inside it.
 import itertools
 from typing import NamedTuple
 
+import conv_corners
 import sanitizer
 import torch
+from conv_corners import ConvCorner
 
 from sparsekern.kernels import launch
 from sparsekern.ops import triton as backend
@@ -71,6 +73,8 @@ def last_one(grid):
 
 def run(corner):
     """Run the corner's programs; how many elements into each big operand they reached."""
+    if isinstance(corner, ConvCorner):
+        return _run_convolution(corner)
     t = topology_of(corner)
     x = huge(corner.tokens, corner.cols, corner.layout, corner.dtype)
     dy = huge(corner.tokens, corner.rows, corner.layout, corner.dtype)
@@ -90,6 +94,14 @@ def run(corner):
         name: _reach(_written() if turned and name == "out" else _region_of(held[name]))
         for name in corner.big
     }
+
+
+def _run_convolution(corner):
+    pattern, held = conv_corners.held_by(corner)
+    long_rows = corner.full and corner.op != "conv_dw"
+    with sanitizer.only_programs(last_one if long_rows else few):
+        held["out"] = conv_corners.product(corner, pattern, held)
+    return {name: _reach(_region_of(held[name])) for name in corner.big}
 
 
 def _product(corner, t, held):
@@ -170,7 +182,7 @@ def _csr_corners():
     yield Corner("y", 1, 3, 2**21 + 128, 40, ("bias",))
 
 
-CORNERS = (*_bsr_corners(), *_csr_corners())
+CORNERS = (*_bsr_corners(), *_csr_corners(), *conv_corners.CORNERS)
 
 # an operator, whether its block is 1, and the module of its kernel
 KERNELS = {
@@ -181,6 +193,7 @@ KERNELS = {
     ("y", True): "csr_spmm",
     ("dx", True): "csr_spmm",
     ("dw", True): "csr_sddmm",
+    **conv_corners.KERNELS,
 }
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from shadow import Launch, SanitizerError, garbage
+from torch.utils._device import _device_constructors
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
@@ -191,6 +192,8 @@ def install():
     _patch(interpreter, "_implicit_cvt", _convert)
     _patch(interpreter, "_patch_lang", _patch_lang)
     _patch(interpreter, "_get_np_dtype", _numpy_dtype)
+    # `torch.device` as a context knows torch's own allocators, if it has looked them up by now
+    _device_constructors()
     for owner, name in _ALLOCATORS:
         _patch(owner, name, _allocate)
 

@@ -6,18 +6,37 @@ from typing import Any, NamedTuple
 from aot.compiler import Built, build, instructions
 
 from sparsekern.kernels import tables
+from sparsekern.kernels.bsr_conv2d import (
+    TAPS_AT_ONCE,
+    _bsr_conv2d_dgrad_kernel,
+    _bsr_conv2d_kernel,
+    window_options,
+)
+from sparsekern.kernels.bsr_conv2d_wgrad import _bsr_conv2d_wgrad_kernel
 from sparsekern.kernels.bsr_grow import _bsr_grow_kernel
 from sparsekern.kernels.bsr_sddmm import _TMA_EDGE as TMA_EDGE
 from sparsekern.kernels.bsr_sddmm import _bsr_sddmm_kernel, _bsr_sddmm_tma_kernel
 from sparsekern.kernels.bsr_spmm import _TMA_ROW_BYTES as TMA_ROW_BYTES
 from sparsekern.kernels.bsr_spmm import _bsr_spmm_kernel, _bsr_spmm_tma_kernel
+from sparsekern.kernels.csr_conv2d import _csr_conv2d_dgrad_kernel, _csr_conv2d_kernel
+from sparsekern.kernels.csr_conv2d_wgrad import _csr_conv2d_wgrad_kernel
 from sparsekern.kernels.csr_sddmm import _csr_sddmm_kernel
 from sparsekern.kernels.csr_spmm import _csr_spmm_kernel
 from sparsekern.kernels.launch import BLOCK_EDGES
+from sparsekern.kernels.window import Window
 
 ARCHES = {"sm80": 80, "sm90": 90, "sm100": 100}
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 RECTANGLES = ((16, 128), (128, 16), (64, 32), (128, 32), (128, 64), (64, 128))
+
+
+# of a convolution, by variant: the geometry is compiled in, so most cases share the commonest
+WINDOWS = {
+    "": Window(1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "7x7/2": Window(1, (7, 7), (2, 2), (3, 3), (1, 1)),
+}
+WINDOWS["add"] = WINDOWS[""]
+CONV_RECTANGLES = ((16, 128), (128, 16))
 
 
 class Case(NamedTuple):
@@ -27,8 +46,9 @@ class Case(NamedTuple):
     key: tables.Key
     config: Any
     dtype: str
-    block: tuple[int, int]  # (outputs, reduction) for spmm and spmm_t, else (BH, BW)
-    variant: str = ""  # norm of a grow kernel, "add" for an sddmm into what is there
+    block: tuple[int, int]  # (outputs, reduction), or (BH, BW) of the sampled products and grow
+    # norm of a grow kernel, "add" for an sddmm into what is there, geometry of a convolution
+    variant: str = ""
 
     def __str__(self):
         block = "x".join(map(str, self.block))
@@ -48,7 +68,8 @@ def cases():
             seen.add(same)
             for dtype, (block, variant) in itertools.product(DTYPES[key.kind], shapes(key, arch)):
                 # fp16 differs from bf16 in the name of an instruction: its squares are enough
-                if dtype != "fp16" or (block[0] == block[1] and variant in {"", "l1"}):
+                plain = block[0] == block[1] and variant in {"", "l1"}
+                if dtype != "fp16" or (plain and (key.op not in tables.CONV or arch == "sm90")):
                     yield Case(arch, key, config, dtype, block, variant)
 
 
@@ -60,6 +81,10 @@ def shapes(key, arch):
             yield from (((16, 16), norm) for norm in ("l2", "max"))
     elif key.op.startswith("csr"):
         yield (1, 1), ""
+        if key.op in tables.CONV and arch == "sm90":
+            yield (1, 1), "7x7/2"
+    elif key.op in tables.CONV:
+        yield from conv_shapes(key, arch)
     else:
         yield (int(key.edge),) * 2, ""
         if arch == "sm90":
@@ -68,9 +93,21 @@ def shapes(key, arch):
                 yield (int(key.edge),) * 2, "add"
 
 
+def conv_shapes(key, arch):
+    """The same of a convolution: rectangles and other geometries for 16-bit operands alone."""
+    square = (int(key.edge),) * 2
+    yield square, ""
+    if arch == "sm90" and key.kind == "half":
+        yield from ((b, "") for b in CONV_RECTANGLES if serves(key, b))
+        if key.edge in {"16", "64"}:
+            yield square, "7x7/2"
+        if (key.op, key.edge) == ("conv2d_wgrad", "32"):
+            yield square, "add"
+
+
 def serves(key, block):
     """Whether the launchers look a rectangle up under this entry, and load it as the entry says."""
-    if key.op == "sddmm":
+    if key.op in {"sddmm", "conv2d_wgrad"}:
         narrow = min(block) < TMA_EDGE
         return str(max(block)) == key.edge and not (key.loads == "tma" and narrow)
     narrow = block[1] * (2 if key.kind == "half" else 4) < TMA_ROW_BYTES
@@ -164,6 +201,35 @@ def csr_plan(case):
     return (_csr_sddmm_kernel if case.key.op == "csr_sddmm" else _csr_spmm_kernel), constants, {}
 
 
+def conv_plan(case):
+    out, reduce = case.block
+    c, taps = case.config, WINDOWS[case.variant].kernel[0] * WINDOWS[case.variant].kernel[1]
+    constants = common(case) | window_options(WINDOWS[case.variant])
+    del constants["syn"]  # here the stride of an image
+    if case.key.op == "conv2d_wgrad":
+        blocks = {"BH": out, "BW": reduce, "G": max(1, c.LANES // reduce)}
+        return _bsr_conv2d_wgrad_kernel, constants | blocks | {"ADD": case.variant == "add"}, {}
+    constants |= {"IN": reduce, "OUT": out, "BK": c.BK, "GROUP": c.GROUP}
+    if case.key.op == "conv2d":
+        return _bsr_conv2d_kernel, constants | {"HAS_BIAS": True}, {}
+    return _bsr_conv2d_dgrad_kernel, constants | {"TAPS": taps, "U": min(taps, TAPS_AT_ONCE)}, {}
+
+
+def csr_conv_plan(case):
+    fn = CSR_CONV[case.key.op]
+    taps = WINDOWS[case.variant].kernel[0] * WINDOWS[case.variant].kernel[1]
+    constants = case.config._asdict() | window_options(WINDOWS[case.variant])
+    constants |= {"TAPS": taps, "HAS_BIAS": True, "ADD": False, "sb": 1, "sxw": 1, "syw": 1}
+    del constants["num_warps"]
+    return fn, constants, {}
+
+
+CSR_CONV = {
+    "csr_conv2d": _csr_conv2d_kernel,
+    "csr_conv2d_dgrad": _csr_conv2d_dgrad_kernel,
+    "csr_conv2d_wgrad": _csr_conv2d_wgrad_kernel,
+}
+
 PLANS = {
     "spmm": spmm_plan,
     "spmm_t": spmm_plan,
@@ -172,6 +238,7 @@ PLANS = {
     "csr_spmm": csr_plan,
     "csr_spmm_t": csr_plan,
     "csr_sddmm": csr_plan,
+    **{op: csr_conv_plan if op in CSR_CONV else conv_plan for op in tables.CONV},
 }
 
 

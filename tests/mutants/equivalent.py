@@ -200,6 +200,104 @@ EQUIVALENT = (
     Equivalent(
         "csr_sddmm", "branch fixed", "dw[0] if parts == 1 else dw.sum(0)", "dw.sum(0)", CHOICE
     ),
+    # bsr_conv2d_wgrad
+    Equivalent("_bsr_conv2d_wgrad_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
+    Equivalent(
+        "_bsr_conv2d_wgrad_kernel",
+        "conjunct dropped",
+        "(ch < Cg) & (t < hi)",
+        "ch < Cg",
+        NOT_STORED,
+    ),
+    Equivalent("_bsr_conv2d_wgrad_kernel", "comparison", "t < hi", "t <= hi", NOT_STORED, "c_in ="),
+    Equivalent(
+        "_bsr_conv2d_wgrad_kernel",
+        "other dropped",
+        "tl.load(dw, mask=(t < hi)[:, None], other=0.0)",
+        None,
+        NOT_STORED,
+    ),
+    Equivalent(
+        "_bsr_conv2d_wgrad_kernel",
+        "other dropped",
+        "tl.load(col_ptr + lo + u, mask=lo + u < hi, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    Equivalent(
+        "_bsr_conv2d_wgrad_kernel",
+        "int64 dropped",
+        "tl.program_id(1).to(tl.int64)",
+        None,
+        FEW_PARTS,
+    ),
+    # csr_conv2d_wgrad
+    Equivalent("_csr_conv2d_wgrad_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
+    Equivalent(
+        "_csr_conv2d_wgrad_kernel",
+        "accumulator fp16",
+        "tl.zeros([BN, BM], dtype=tl.float32)",
+        None,
+        PROMOTED,
+    ),
+    Equivalent(
+        "_csr_conv2d_wgrad_kernel",
+        "int64 dropped",
+        "tl.program_id(1).to(tl.int64)",
+        None,
+        FEW_PARTS,
+    ),
+    *(
+        Equivalent(function, *fault, ALWAYS_FP32, "whole =")
+        for function in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for fault in (
+            ("condition dropped", "parts == 1 and step >= batch", None),
+            ("comparison", "parts == 1", None),
+            ("comparison", "step >= batch", None),
+            ("constant", "1", None),
+        )
+    ),
+    *(
+        Equivalent(
+            wgrad,
+            "branch fixed",
+            f"output_dtype(x.dtype, _{wgrad}_kernel) if whole else torch.float32",
+            None,
+            ALWAYS_FP32,
+        )
+        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+    ),
+    *(
+        Equivalent(wgrad, "branch fixed", "dw[0] if parts == 1 else dw.sum(0)", "dw.sum(0)", CHOICE)
+        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+    ),
+    *(
+        Equivalent(wgrad, "constant", "1", "0", CHOICE, "dw.sum(0)")
+        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+    ),
+    Equivalent("bsr_conv2d_wgrad", "name swapped", "max", "min", CHOICE, "find("),
+    *(
+        Equivalent(
+            wgrad,
+            "condition dropped",
+            "dw.numel() == 0 or dy.numel() == 0",
+            "dy.numel() == 0",
+            NO_SHAPE,
+        )
+        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+    ),
+    Equivalent("bsr_conv2d_wgrad", "constant", "0", "1", NO_SHAPE, "dw.numel() == 0"),
+    # csr_conv2d
+    *(
+        Equivalent(
+            function,
+            "accumulator fp16",
+            "tl.zeros([BN, BM], dtype=tl.float32)",
+            None,
+            PROMOTED,
+        )
+        for function in ("_csr_conv2d_kernel", "_csr_conv2d_dgrad_kernel")
+    ),
     # csr_spmm
     Equivalent(
         "_csr_spmm_kernel",

@@ -13,6 +13,7 @@ import corners
 import numpy as np
 import sanitizer
 import torch
+from mutants import conv_killers
 from support import UNIT_ROUNDOFF
 
 from sparsekern import ops
@@ -291,6 +292,7 @@ KILLERS = {
         (right, CSR._replace(fill=0.0), "dw"),
         (right, CSR_ROUGH._replace(tokens=300), "dw"),
     ],
+    **conv_killers.KILLERS,
 }
 
 

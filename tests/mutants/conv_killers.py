@@ -1,0 +1,217 @@
+"""Short convolutions that a faulty kernel cannot get right: see `killers`."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from conv_problems import (
+    PLAIN,
+    ConvCase,
+    assert_format,
+    conv_oracle,
+    dgrad_oracle,
+    operands,
+    wgrad_oracle,
+    window,
+)
+from support import UNIT_ROUNDOFF
+
+from sparsekern.kernels import bsr_conv2d, bsr_conv2d_wgrad, csr_conv2d, csr_conv2d_wgrad, launch
+
+
+class Problem(NamedTuple):
+    """A case in a dtype; integers are exact, and weights beyond the channels are NaN."""
+
+    case: ConvCase
+    dtype: torch.dtype = torch.float32
+    exact: bool = True
+
+
+def operands_of(p):
+    """New ones each time: another mutant may have written to its inputs."""
+    return operands(p.case, p.dtype, p.exact, padding=float("nan"))
+
+
+@functools.cache
+def want(p, what):
+    """The oracle's answer."""
+    o = operands_of(p)
+    if what == "y":
+        return conv_oracle(o.x, o.weight, o.bias, p.case.window)
+    if what == "dx":
+        return dgrad_oracle(o.dy, o.weight, p.case.x_shape, p.case.window)
+    return wgrad_oracle(o.dy, o.x, o.pattern)
+
+
+def got(p, what, o, **more):
+    """What the kernel says."""
+    case, csr = p.case, p.case.block == (1, 1)
+    if what == "y":
+        run = csr_conv2d.csr_conv2d if csr else bsr_conv2d.bsr_conv2d
+        return run(o.x, o.values, *o.pattern.forward, o.bias, case.n_out, case.window)
+    if what == "dx":
+        run = csr_conv2d.csr_conv2d_dgrad if csr else bsr_conv2d.bsr_conv2d_dgrad
+        sizes = case.n_in, case.size, case.window
+        return run(o.dy, o.values, *o.pattern.transposed, *sizes, **more)
+    if csr:
+        return csr_conv2d_wgrad.csr_conv2d_wgrad(o.dy, o.x, *o.pattern.forward[:2], case.window)
+    blocks = *o.pattern.forward[:2], case.block
+    return bsr_conv2d_wgrad.bsr_conv2d_wgrad(o.dy, o.x, *blocks, case.window)
+
+
+def right(p, what):
+    """Whether the kernel is right about a problem, in the layout of what it was given."""
+    o, wanted = operands_of(p), want(p, what)
+    made = got(p, what, o)
+    assert made.dtype == p.dtype
+    if what != "dw":
+        assert_format(made, o.x if what == "y" else o.dy)
+    if p.exact:
+        return torch.equal(made.double(), wanted.value)
+    u, out = UNIT_ROUNDOFF[torch.float32], UNIT_ROUNDOFF[p.dtype]
+    gamma = wanted.terms * u / (1 - wanted.terms * u) * wanted.magnitude
+    rounded = 0 if p.dtype == torch.float32 else out * (wanted.value.abs() + gamma)
+    return bool(((made.double() - wanted.value).abs() <= gamma + rounded).all())
+
+
+def chunked(p, what):
+    """The same with images copied one by one and two by two."""
+    before, o = launch.CHUNK_ELEMENTS, operands_of(p)
+    pair = 2 * (o.x[:1].numel() + o.dy[:1].numel())
+    try:
+        for launch.CHUNK_ELEMENTS in (1, pair):
+            if not right(p, what):
+                return False
+    finally:
+        launch.CHUNK_ELEMENTS = before
+    return True
+
+
+def whole(p, what):
+    """Images that need no copy are not taken apart, however many: one launch."""
+    before, launch.CHUNK_ELEMENTS = launch.CHUNK_ELEMENTS, 1
+    launches = []
+    module, name = LAUNCHERS[p.case.block == (1, 1)]
+    copy = getattr(module, name)
+    try:
+        setattr(module, name, lambda a: launches.append(len(a)) or copy(a))
+        return right(p, what) and launches == [p.case.batch]
+    finally:
+        launch.CHUNK_ELEMENTS = before
+        setattr(module, name, copy)
+
+
+LAUNCHERS = {False: (bsr_conv2d, "channels_adjacent"), True: (csr_conv2d, "columns_adjacent")}
+
+
+def turned(p, what):
+    """The input gradient in the other memory format."""
+    o, wanted = operands_of(p), want(p, what).value
+    formats = torch.contiguous_format, torch.channels_last
+    made = [got(p, what, o, memory_format=f) for f in formats]
+    as_asked = all(a.is_contiguous(memory_format=f) for a, f in zip(made, formats, strict=True))
+    return as_asked and all(torch.equal(a.double(), wanted) for a in made)
+
+
+def hot(p, what):
+    """Infinite gradients: what is zero by decree stays zero, not zero times infinity."""
+    o = operands_of(p)
+    o.dy[:], o.x[:] = float("inf"), float("nan")
+    dw, inside = got(p, what, o), o.pattern.inside()
+    return bool(dw[inside].isnan().all() and (dw[~inside] == 0).all())
+
+
+def apart(p, what):
+    """An infinite channel reaches only what is connected to it."""
+    o, groups = operands_of(p), p.case.window.groups
+    linked = o.pattern.dense(torch.ones(o.values.shape)).sum((2, 3)) > 0  # (C_out, C_in / groups)
+    if what == "y":
+        o.x[:, 0] = float("inf")
+        alone = torch.ones(p.case.n_out, dtype=torch.bool)
+        alone[: len(linked) // groups] = ~linked[: len(linked) // groups, 0]
+    else:
+        o.dy[:, 0] = float("inf")
+        alone = torch.ones(p.case.n_in, dtype=torch.bool)
+        alone[: linked.shape[1]] = ~linked[0]
+    made = got(p, what, o)
+    return bool(alone.any()) and bool(made[:, alone].isfinite().all())
+
+
+# nothing is the same along both axes, channels are ragged in every group
+ODD = window(kernel=(3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
+TURNED = window(kernel=(2, 3), stride=(1, 3), padding=(0, 2), dilation=(2, 1), groups=2)
+HALF = torch.float16
+
+
+def problem(block, n_out, n_in, size, w=PLAIN, batch=2, kind="random", layout="nhwc", **more):
+    """A case and how it is computed."""
+    bias = more.pop("bias", True)
+    return Problem(ConvCase(block, n_out, n_in, size, w, batch, kind, layout, bias), **more)
+
+
+TINY = problem((16, 16), 18, 17, (3, 4), layout="strided")
+MIXED = problem((16, 32), 2 * 18, 2 * 35, (5, 4), ODD, layout="channels")
+MIXED_HALF = problem((32, 16), 2 * 35, 2 * 18, (5, 4), ODD, dtype=HALF)
+TURN_HALF = problem((16, 16), 2 * 33, 2 * 18, (4, 7), TURNED, 3, dtype=HALF, layout="nchw")
+LONG = problem((16, 16), 20, 16, (9, 9), window(1, padding=1), 5, "full", bias=False)
+MANY_TAPS = problem((16, 16), 17, 16, (4, 5), window((3, 5), padding=(1, 2)), 1, "full")
+ROUGH = problem((16, 16), 16, 60, (3, 3), window(3), 1, "full", exact=False)
+ROUGH_HALF = problem((64, 32), 66, 90, (3, 3), window(3), 1, "full", exact=False, dtype=HALF)
+POINT = problem((16, 16), 1, 1, (1, 1), window(1), 1, "full", "nchw")
+EMPTY = problem((16, 16), 20, 20, (2, 3), kind="empty")
+NOTHING = problem((16, 16), 20, 20, (2, 3), batch=0)
+SPARSE_PHASES = problem((16, 16), 17, 18, (5, 5), window(1, stride=(2, 3)), layout="nchw")
+COPIED = problem((16, 16), 17, 16, (3, 2), window((1, 2)), 3, layout="nchw")
+COPIED_BACK = problem((16, 16), 17, 16, (3, 2), window((2, 1)), 3, layout="channels")
+PARTS = problem((16, 16), 17, 18, (5, 7), batch=9)
+PARTS_ODD = problem((16, 16), 2 * 17, 2 * 18, (9, 8), ODD, batch=9, dtype=HALF)
+
+
+def csr(p, n_out, n_in):
+    """The same without blocks."""
+    return p._replace(case=p.case._replace(block=(1, 1), n_out=n_out, n_in=n_in))
+
+
+CSR_TINY, CSR_MIXED = csr(TINY, 5, 3), csr(MIXED, 2 * 9, 2 * 5)
+CSR_TURN, CSR_LONG = csr(TURN_HALF, 2 * 5, 2 * 10), csr(LONG, 19, 18)
+CSR_ROUGH, CSR_COPIED = csr(ROUGH, 3, 40), csr(COPIED, 5, 4)
+CSR_LAST = CSR_COPIED._replace(case=CSR_COPIED.case._replace(layout="nhwc"))
+CSR_PARTS = csr(PARTS, 3, 4)._replace(case=csr(PARTS, 3, 4).case._replace(batch=60))
+
+KILLERS = {
+    "bsr_conv2d": [
+        *((right, p, w) for p in (TINY, MIXED, MIXED_HALF, TURN_HALF) for w in ("y", "dx")),
+        (right, SPARSE_PHASES, "dx"),
+        *((right, p, w) for p in (POINT, EMPTY, NOTHING, MANY_TAPS) for w in ("y", "dx")),
+        (turned, TINY, "dx"),
+        *((check, COPIED, w) for check in (right, chunked) for w in ("y", "dx")),
+        (whole, COPIED._replace(case=COPIED.case._replace(layout="nhwc")), "y"),
+        *((chunked, COPIED_BACK, w) for w in ("y", "dx")),
+        *((right, p, w) for p in (LONG, ROUGH, ROUGH_HALF) for w in ("y", "dx")),
+    ],
+    "bsr_conv2d_wgrad": [
+        *((right, p, "dw") for p in (TINY, MIXED, MIXED_HALF, TURN_HALF, POINT, EMPTY, NOTHING)),
+        *((right, p, "dw") for p in (PARTS, PARTS_ODD)),
+        (hot, COPIED._replace(case=COPIED.case._replace(kind="full", batch=1)), "dw"),
+        *((chunked, p, "dw") for p in (COPIED, COPIED_BACK)),
+        (right, ROUGH._replace(case=ROUGH.case._replace(size=(9, 9), batch=3)), "dw"),
+    ],
+    "csr_conv2d": [
+        *((right, p, w) for p in (CSR_TINY, CSR_MIXED, CSR_TURN) for w in ("y", "dx")),
+        *((right, csr(p, 4, 3), w) for p in (POINT, EMPTY, NOTHING) for w in ("y", "dx")),
+        *((apart, CSR_MIXED, w) for w in ("y", "dx")),
+        (right, csr(SPARSE_PHASES, 3, 4), "dx"),
+        (turned, CSR_TINY, "dx"),
+        *((check, CSR_LAST, w) for check in (right, chunked) for w in ("y", "dx")),
+        *((chunked, CSR_COPIED, w) for w in ("y", "dx")),
+        (whole, CSR_COPIED, "y"),
+        *((right, p, w) for p in (CSR_LONG, CSR_ROUGH) for w in ("y", "dx")),
+    ],
+    "csr_conv2d_wgrad": [
+        *((right, p, "dw") for p in (CSR_TINY, CSR_MIXED, CSR_TURN)),
+        *((right, csr(p, 4, 3), "dw") for p in (POINT, EMPTY, NOTHING)),
+        (right, CSR_PARTS, "dw"),
+        *((chunked, p, "dw") for p in (CSR_LAST, CSR_COPIED)),
+        (right, CSR_ROUGH._replace(case=CSR_ROUGH.case._replace(size=(9, 9), batch=3)), "dw"),
+    ],
+}
