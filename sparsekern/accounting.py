@@ -1,8 +1,8 @@
 """What a training run costs: FLOPs by formula, bytes of real tensors, and measured time.
 
-1 multiply-add = 2 FLOPs. Only weight products count: biases, activations and the optimizer are
-left out, as are the scores of a topology update. Sparse layers count what is executed: whole
-blocks, and dense products where an implementation computes them.
+1 multiply-add = 2 FLOPs. Products count, those of weights and those of attention: biases,
+activations and the optimizer are left out, as are the scores of a topology update. Sparse layers
+count what is executed: whole blocks, and dense products where an implementation computes them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from sparsekern.models import evaluating
 from sparsekern.nn import SparseLayer
-from sparsekern.ops.flops import grow_flops, product_flops
+from sparsekern.ops import flops  # noqa: F401  registers the formulas of the sparse operators
+
+Formula = Callable[..., int]
 
 FLOP_CONVENTION = "1 multiply-add = 2 FLOPs; biases, activations and the optimizer are not counted"
 
@@ -26,7 +32,7 @@ class Flops:
     """FLOPs of one run.
 
     Attributes:
-        inference: of one forward pass, per image, executed.
+        inference: of one forward pass, per sample, executed.
         dense_equivalent: of the same pass if every layer were dense.
         training: of the whole run, executed.
     """
@@ -38,7 +44,14 @@ class Flops:
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """Bytes that stay allocated between two training steps, summed over real tensors."""
+    """Bytes that stay allocated between two training steps, summed over real tensors.
+
+    Attributes:
+        weights: parameters, and buffers like the running statistics of norms.
+        gradients: of the parameters.
+        optimizer: its state.
+        index: which connections exist.
+    """
 
     weights: int
     gradients: int
@@ -69,27 +82,42 @@ class StepTime:
     ratio: float
 
 
-def forward_flops(model: nn.Module) -> int:
-    """FLOPs of a forward pass per sample, f_S: 2 for each weight held."""
-    sparse = sum(product_flops(1, m.topology, m.resolved_impl) for m in _sparse(model))
-    return sparse + _dense_layers(model)
+class ForwardFlops(NamedTuple):
+    """FLOPs of a forward pass per sample.
+
+    Attributes:
+        executed: f_S.
+        dense_equivalent: f_D, if every sparse layer were dense.
+    """
+
+    executed: int
+    dense_equivalent: int
 
 
-def dense_forward_flops(model: nn.Module) -> int:
-    """The same, f_D, if every sparse layer were dense."""
-    return sum(grow_flops(1, m.topology) for m in _sparse(model)) + _dense_layers(model)
+def forward_flops(model: nn.Module, sample: Tensor) -> ForwardFlops:
+    """Count the products of a forward pass over one sample.
+
+    A weight counts as often as it is applied: for each output pixel of a convolution, for each
+    time step of a recurrent layer.
+
+    Args:
+        model: run twice in evaluation mode; nothing of it changes.
+        sample: a batch of one.
+    """
+    executed = _count(model, sample, {})
+    return ForwardFlops(executed, _count(model, sample, _AS_DENSE))
 
 
-def run_flops(model: nn.Module, batch: int, weight_steps: int, update_batches: int) -> Flops:
+def run_flops(forward: ForwardFlops, batch: int, weight_steps: int, update_batches: int) -> Flops:
     """FLOPs of a run, by Evci et al. 2020, appendix H.
 
     Args:
-        model: its number of active weights never changes.
-        batch: images per step.
-        weight_steps: each costs 3 f_S per image: forward, input and weight gradient.
-        update_batches: batches spent on a dense weight gradient, 2 f_S + f_D per image each.
+        forward: of one sample; the number of active weights never changes.
+        batch: samples per step.
+        weight_steps: each costs 3 f_S per sample: forward, input and weight gradient.
+        update_batches: batches spent on a dense weight gradient, 2 f_S + f_D per sample each.
     """
-    f_s, f_d = forward_flops(model), dense_forward_flops(model)
+    f_s, f_d = forward
     training = batch * (3 * f_s * weight_steps + (2 * f_s + f_d) * update_batches)
     return Flops(inference=f_s, dense_equivalent=f_d, training=training)
 
@@ -97,12 +125,13 @@ def run_flops(model: nn.Module, batch: int, weight_steps: int, update_batches: i
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
     """Sum the tensors that exist now; call it after a step, while the gradients are there."""
     parameters = list(model.parameters())
+    index = {b for m in model.modules() if isinstance(m, SparseLayer) for b in m.buffers()}
     state = [entry for p in parameters for entry in optimizer.state.get(p, {}).values()]
     return HeldBytes(
-        weights=_bytes(parameters),
+        weights=_bytes([*parameters, *(b for b in model.buffers() if b not in index)]),
         gradients=_bytes(p.grad for p in parameters if p.grad is not None),
         optimizer=_bytes(entry for entry in state if isinstance(entry, Tensor)),
-        index=_bytes(model.buffers()),
+        index=_bytes(index),
     )
 
 
@@ -158,12 +187,29 @@ def _timed(step: Callable[[], object], burst: int, device: torch.device) -> floa
     return (time.perf_counter() - start) / burst
 
 
-def _sparse(model: nn.Module) -> list[SparseLayer]:
-    return [m for m in model.modules() if isinstance(m, SparseLayer)]
+def _count(model: nn.Module, sample: Tensor, formulas: Mapping[Any, Formula]) -> int:
+    with (
+        evaluating(model),
+        # recurrent layers and attention as products that the counter knows
+        torch.backends.cudnn.flags(enabled=False),
+        torch.backends.mkldnn.flags(False, None, None, None),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter,
+    ):
+        model(sample)
+    return int(counter.get_total_flops())
 
 
-def _dense_layers(model: nn.Module) -> int:
-    return sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+def _as_dense(formula: Formula) -> Formula:
+    """The formula of a sparse operator, whose last argument names the implementation."""
+    return lambda *args, **_: formula(*args[:-1], "dense")
+
+
+_AS_DENSE = {
+    op: _as_dense(flop_registry[op])
+    for op in (torch.ops.sparsekern.spmm, torch.ops.sparsekern.conv2d)
+}
+"""The forward products as if their weights were dense."""
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

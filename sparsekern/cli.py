@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +18,20 @@ import sparsekern
 from sparsekern import picture, report
 from sparsekern.accounting import paired_step_times
 from sparsekern.config import ALL_METHODS, DENSE, OPTIMIZERS, PRESETS, TrainConfig
-from sparsekern.data import DATASETS, Dataset, load
+from sparsekern.data import DATASETS, Dataset, Images, Text, load
 from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import ConfigError, SparseKernError
-from sparsekern.network import build
+from sparsekern.network import build, first_layer_connections, shaped
+from sparsekern.nn import SparseLayer
 from sparsekern.ops.dispatch import BACKENDS
 from sparsekern.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training import RunResult, Trainer, total_steps
 from sparsekern.tuning import command as tuning
+
+LISTED_LAYERS = 6
+TIMING_SECONDS = 60.0
+"""About how long the comparison of step times may take."""
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -58,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="compare sparse training methods with dense training",
-        description="Train a fully connected network by several methods, with the same data and "
-        "seeds, and compare accuracy, FLOPs, bytes and time with dense training.",
+        description="Train a network by several methods, with the same data and seeds, and "
+        "compare accuracy, FLOPs, bytes and time with dense training.",
     )
     train.set_defaults(run=_train)
     _add_task(train)
@@ -74,14 +79,23 @@ def _add_task(train: argparse.ArgumentParser) -> None:
     group.add_argument("--data", choices=DATASETS, default="digits", help="default: digits")
     group.add_argument(
         "--data-dir",
-        metavar="DIR",
-        help="folder of train-images-idx3-ubyte and its companions, .gz or plain, for "
-        "fashion-mnist (Debian has them as the package dataset-fashion-mnist)",
+        metavar="PATH",
+        help="for fashion-mnist, the folder of train-images-idx3-ubyte and its companions, .gz or "
+        "plain (Debian has them as the package dataset-fashion-mnist); for text, any file: its "
+        "bytes are the tokens, and its last tenth is held out",
+    )
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a function in benchmarks.models, like lenet_5, or MODULE:FUNCTION of your own that "
+        "makes an nn.Module; images go in as (n, 1, height, width) if it has a parameter "
+        "in_channels, else as rows of pixels; default: the fully connected net, for text char_gru",
     )
     group.add_argument(
         "--method", nargs="+", choices=ALL_METHODS, dest="methods", help=_preset("methods")
     )
     group.add_argument("--hidden", type=_widths, metavar="N,N", help=_preset("hidden"))
+    group.add_argument("--seq-len", type=int, metavar="T", help=_preset("seq_len") + ", of text")
     group.add_argument("--sparsity", type=float, metavar="S", help=_preset("sparsity"))
     group.add_argument(
         "--block", type=_block, metavar="B", help="16, or 16x32 (outputs x inputs); default: 1"
@@ -118,7 +132,8 @@ def _add_output(train: argparse.ArgumentParser) -> None:
         "--picture",
         type=Path,
         metavar="FILE",
-        help="PNG of the connections that leave each input pixel, before and after training",
+        help="PNG of the connections that leave each input pixel, before and after training, if "
+        "the first layer is fully connected",
     )
     group.add_argument("--quiet", action="store_true", help="no progress, only the results")
 
@@ -167,7 +182,9 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.threads < 1:
         raise ConfigError(f"`threads` must be at least 1; got {arguments.threads}")
     torch.set_num_threads(arguments.threads)
-    data = load(config.data, arguments.data_dir)
+    if config.model is not None and arguments.hidden:
+        raise ConfigError(f"give `hidden` or `model`, not both; got model {config.model!r}")
+    data = load(config.data, arguments.data_dir, config.seq_len)
     methods = tuple(dict.fromkeys((DENSE, *config.methods)))
     facts = _check(config, data, methods, arguments)
     sys.stdout.write(facts + "\n")
@@ -176,7 +193,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.json:
         report.write_json(comparison, arguments.json)
         sys.stdout.write(f"Results as JSON: {arguments.json}\n")
-    if arguments.picture:
+    if arguments.picture and isinstance(data, Images):
         drawn = _drawn_method(methods)
         picture.draw(comparison.results[drawn], data.average, arguments.picture, facts)
         sys.stdout.write(f"Picture of {drawn}: {arguments.picture}\n")
@@ -192,18 +209,43 @@ def _check(
     if arguments.picture:
         picture.check_available()
     total_steps(config, data)
-    widths = "-".join(map(str, (data.pixels, *config.hidden)))
-    models = {method: build(config, data.pixels, method, seed=0) for method in methods}
-    if _drawn_method(methods) == DENSE:
-        return f"{config.data}, {widths}-10, {config.epochs} epochs: dense only"
-    layers = sparse_layers(models[_drawn_method(methods)])
+    data = shaped(config, data)
+    models = {method: build(config, data, method, seed=0) for method in methods}
+    model = models[_drawn_method(methods)]
+    if arguments.picture and first_layer_connections(model, data) is None:
+        raise ConfigError(
+            "`picture` shows the connections of each pixel with a fully connected first layer; "
+            f"got model {config.model!r} on {config.data}"
+        )
+    what = f"{config.data}, {_architecture(config, data)}, {config.epochs} epochs"
+    layers = sparse_layers(model)
+    if not layers:
+        return f"{what}: dense only"
     # asking for `resolved_impl` raises if the named implementation can't run here
     impls = ", ".join(sorted({layer.resolved_impl for layer in layers.values()}))
-    parts = ", ".join(f"{name} {layer.density:.2%}" for name, layer in layers.items())
     return (
-        f"{config.data}, {widths}-10, {config.epochs} epochs, sparsity {config.sparsity:g} "
+        f"{what}, sparsity {config.sparsity:g} "
         f"({config.distribution}, block {_show(config.block).replace(',', 'x')}), impl {impls}; "
-        f"density: {parts}"
+        f"density: {_densities(layers)}"
+    )
+
+
+def _architecture(config: TrainConfig, data: Dataset) -> str:
+    if config.model is None:
+        return "-".join(map(str, (data.train_x.shape[1], *config.hidden, data.classes)))
+    shape = "x".join(map(str, data.train_x.shape[1:]))
+    return f"{config.model} ({shape} to {data.classes})"
+
+
+def _densities(layers: Mapping[str, SparseLayer]) -> str:
+    """Each layer's density, or the range of many."""
+    if len(layers) <= LISTED_LAYERS:
+        return ", ".join(f"{name} {layer.density:.2%}" for name, layer in layers.items())
+    ordered = sorted(layers.items(), key=lambda item: item[1].density)
+    (lowest, low), *_, (highest, high) = ordered
+    return (
+        f"{low.density:.2%} ({lowest}) to {high.density:.2%} ({highest}), {len(layers)} sparse "
+        "layers"
     )
 
 
@@ -224,8 +266,24 @@ def _compare(
                 progress.begin(f"{method}, seed {seed}")
                 result = trainer.train(progress.step)
                 results[method].append(result)
-                progress.end(f"{result.accuracy:.2%} in {result.seconds:.1f} s")
+                progress.end(f"{_outcome(result)} in {result.seconds:.1f} s")
     # the trained networks of the last seed: their connections are the ones that matter
     steps = {method: trainer.step for method, trainer in trainers.items()}
-    times = paired_step_times(steps, DENSE, device=torch.device(config.device))
-    return report.Comparison(config, results, times)
+    last = [made[-1] for made in results.values()]
+    rounds, burst = _effort(sum(r.seconds / (r.weight_steps + r.update_batches) for r in last))
+    times = paired_step_times(
+        steps, DENSE, device=torch.device(config.device), rounds=rounds, burst=burst
+    )
+    entropy = data.unigram_entropy if isinstance(data, Text) else None
+    return report.Comparison(config, results, times, data.sample, entropy)
+
+
+def _outcome(result: RunResult) -> str:
+    bits = result.bits_per_character
+    return f"{result.accuracy:.2%}" if bits is None else f"{bits:.3f} bits per character"
+
+
+def _effort(seconds: float) -> tuple[int, int]:
+    """Rounds and steps in a burst, given the seconds of a step of every method together."""
+    burst = 5 if seconds < TIMING_SECONDS / 150 else 1
+    return max(5, min(30, int(TIMING_SECONDS / (burst * seconds)))), burst

@@ -26,12 +26,16 @@ class TrainConfig:
     Attributes:
         data: name in `sparsekern.data.DATASETS`.
         methods: to compare; "dense" is always run, as the baseline.
-        sparsity: of all hidden layers together, in [0, 1); the output layer is dense.
+        model: None for the fully connected net of `hidden`; a name in benchmarks.models, or
+            MODULE:FUNCTION, see `sparsekern.models`.
+        sparsity: of all sparse layers together, in [0, 1); the output layer is dense, and what
+            `sparsify_` leaves dense.
         block: edge or pair (outputs, inputs).
         distribution: "erk", "er" or "uniform".
-        hidden: width of each hidden layer.
-        epochs: passes over the training images.
-        batch_size: images per step; an incomplete last batch is dropped.
+        hidden: width of each hidden layer of the fully connected net.
+        seq_len: bytes in a sequence of text.
+        epochs: passes over the training samples.
+        batch_size: samples per step; an incomplete last batch is dropped.
         lr: at the start; it decays to 0 as half a cosine.
         momentum: Nesterov's, of SGD.
         weight_decay: L2 penalty of SGD, decoupled decay of AdamW.
@@ -49,10 +53,12 @@ class TrainConfig:
 
     data: str = "digits"
     methods: tuple[str, ...] = ALL_METHODS
+    model: str | None = None
     sparsity: float = 0.9
     block: Block = 1
     distribution: str = "erk"
     hidden: tuple[int, ...] = (300, 100)
+    seq_len: int = 128
     epochs: int = 10
     batch_size: int = 100
     lr: float = 0.1
@@ -74,12 +80,16 @@ class TrainConfig:
         ):
             if value not in known:
                 raise ConfigError(f"`{name}` must be one of {known}; got {value!r}")
-        for name in ("epochs", "batch_size", "seeds"):
+        for name in ("epochs", "batch_size", "seeds", "seq_len"):
             _check_count(name, getattr(self, name))
         if not self.hidden:
             raise ConfigError("`hidden` must name at least one layer; got none")
         for width in self.hidden:
             _check_count("hidden", width)
+        if self.data == "text" and self.model is None:
+            raise ConfigError(
+                "data 'text' needs a `model` that reads bytes, like 'char_gru'; got none"
+            )
         _check_number("lr", self.lr, math.ulp(0))  # above 0
         _check_number("momentum", self.momentum, 0, 1)
         _check_number("weight_decay", self.weight_decay, 0)
@@ -123,6 +133,16 @@ PRESETS = {
     "digits": TrainConfig(sparsity=0.95, epochs=30, update_freq=20, weight_decay=2e-3),
     "fashion-mnist": TrainConfig(
         data="fashion-mnist", sparsity=0.98, drop_fraction=0.5, weight_decay=5e-4
+    ),
+    "text": TrainConfig(
+        data="text",
+        model="char_gru",
+        sparsity=0.75,
+        distribution="uniform",
+        batch_size=32,
+        optimizer="adamw",
+        lr=2e-3,
+        weight_decay=0.01,
     ),
 }
 """A configuration by dataset: what the command line starts from."""

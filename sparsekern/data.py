@@ -1,26 +1,30 @@
-"""Small image datasets, held in memory as tensors: scikit-learn's digits, and IDX files."""
+"""Data held in memory as tensors: scikit-learn's digits, IDX files of images, and plain text."""
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DataError, UnavailableError
+from sparsekern.idx import read_idx
 
-DATASETS = ("digits", "fashion-mnist")
+DATASETS = ("digits", "fashion-mnist", "text")
 """Names that `load` knows."""
 
 DEMO_EXTRA = 'pip install "sparsekern[demo]"'
 CLASSES = 10
+BYTES = 256
+"""Tokens that a text can hold."""
+
+HELD_OUT_SHARE = 0.1
+"""Of a text: its end."""
 
 _IDX_FILES = {
     "train_images": ("train-images-idx3-ubyte", 3),
@@ -28,50 +32,98 @@ _IDX_FILES = {
     "test_images": ("t10k-images-idx3-ubyte", 3),
     "test_labels": ("t10k-labels-idx1-ubyte", 1),
 }
-_UINT8 = 0x08
-_CHUNK = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
-    """Images as rows of pixels, and their classes.
+    """Samples and what to predict of them.
 
     Attributes:
         name: as in `DATASETS`.
-        image_shape: (height, width) in pixels.
-        average: mean training image, (height, width) float32, brightness in [0, 1].
-        train_x: (n, height * width) float32, less the average image and divided by the standard
-            deviation of all pixels together: a pixel that is always empty is 0.
-        train_y: (n,) int64, in [0, `CLASSES`).
-        test_x: held out, scaled by the training images' numbers.
+        classes: how many a prediction chooses from.
+        train_x: (n, ...), a sample in each row.
+        train_y: (n,) or (n, t), in [0, `classes`).
+        test_x: held out, like `train_x`.
         test_y: like `train_y`.
     """
 
     name: str
-    image_shape: tuple[int, int]
-    average: Tensor
+    classes: int
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
 
     @property
-    def pixels(self) -> int:
-        """Pixels per image: the number of inputs of a network."""
-        return math.prod(self.image_shape)
+    def sample(self) -> str:
+        """What a row is, in words."""
+        raise NotImplementedError
 
-    def to(self, device: torch.device | str) -> Dataset:
+    def to(self, device: torch.device | str) -> Self:
         """The same data on `device`."""
         names = ("train_x", "train_y", "test_x", "test_y")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Images(Dataset):
+    """Images as rows of pixels, or (n, 1, height, width), and their classes.
+
+    Attributes:
+        image_shape: (height, width) in pixels.
+        average: mean training image, (height, width) float32, brightness in [0, 1].
+        train_x: (n, height * width) float32, less the average image and divided by the standard
+            deviation of all pixels together: a pixel that is always empty is 0.
+        train_y: (n,) int64.
+        test_x: held out, scaled by the training images' numbers.
+    """
+
+    image_shape: tuple[int, int]
+    average: Tensor
+
+    @property
+    def sample(self) -> str:
+        """What a row is, in words."""
+        return "image"
+
+    @property
+    def pixels(self) -> int:
+        """Pixels per image: the number of inputs of a fully connected network."""
+        return math.prod(self.image_shape)
+
+    def with_channel(self) -> Images:
+        """The same images as (n, 1, height, width)."""
+        train_x, test_x = (x.view(-1, 1, *self.image_shape) for x in (self.train_x, self.test_x))
+        return replace(self, train_x=train_x, test_x=test_x)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Text(Dataset):
+    """A text as sequences of bytes; the byte after each is to be predicted.
+
+    Attributes:
+        unigram_entropy: of the held-out bytes, in bits per character: no model that ignores the
+            characters before does better.
+        train_x: (n, t) uint8, sequences that follow each other.
+        train_y: (n, t) uint8, one byte further; it shares memory with `train_x`.
+    """
+
+    unigram_entropy: float
+
+    @property
+    def sample(self) -> str:
+        """What a row is, in words."""
+        return f"sequence of {self.train_x.shape[1]} bytes"
+
+
+def load(name: str, data_dir: str | Path | None = None, seq_len: int = 128) -> Dataset:
     """Load a dataset by name, on the CPU.
 
     Args:
-        name: "digits" (embedded in scikit-learn) or "fashion-mnist".
-        data_dir: folder of the four IDX files, .gz or plain; for "fashion-mnist" only.
+        name: "digits" (embedded in scikit-learn), "fashion-mnist" or "text".
+        data_dir: folder of the four IDX files, .gz or plain, for "fashion-mnist"; the file for
+            "text".
+        seq_len: bytes in a sequence of "text".
 
     Raises:
         ConfigError: the name is unknown, or `data_dir` is missing or superfluous.
@@ -87,6 +139,10 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
                 f"got {str(data_dir)!r}"
             )
         return load_digits()
+    if name == "text":
+        if data_dir is None:
+            raise ConfigError("data 'text' needs a file, given as data directory; got none")
+        return load_text(Path(data_dir), seq_len)
     if data_dir is None:
         raise ConfigError(
             f"data {name!r} needs a data directory, the folder that holds "
@@ -95,7 +151,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     return load_idx(name, Path(data_dir))
 
 
-def load_digits(test_share: float = 0.2, seed: int = 0) -> Dataset:
+def load_digits(test_share: float = 0.2, seed: int = 0) -> Images:
     """scikit-learn's 1,797 digits of 8 x 8 pixels; `test_share` of each class is held out.
 
     Raises:
@@ -115,10 +171,10 @@ def load_digits(test_share: float = 0.2, seed: int = 0) -> Dataset:
         shuffled = members[torch.randperm(len(members), generator=generator)]
         held_out[shuffled[: round(test_share * len(members))]] = True
     x = x.view(-1, 8, 8)
-    return _dataset("digits", (x[~held_out], x[held_out]), (y[~held_out], y[held_out]))
+    return _images("digits", (x[~held_out], x[held_out]), (y[~held_out], y[held_out]))
 
 
-def load_idx(name: str, folder: Path) -> Dataset:
+def load_idx(name: str, folder: Path) -> Images:
     """Load the four files of MNIST's format from `folder`.
 
     Raises:
@@ -142,69 +198,53 @@ def load_idx(name: str, folder: Path) -> Dataset:
         [torch.from_numpy(arrays[f"{part}_{kind}"]) for part in ("train", "test")]
         for kind in ("images", "labels")
     )
-    return _dataset(name, (x[0] / 255, x[1] / 255), (y[0].long(), y[1].long()))
+    return _images(name, (x[0] / 255, x[1] / 255), (y[0].long(), y[1].long()))
+
+
+def load_text(path: Path, seq_len: int) -> Text:
+    """Read a file as bytes; its end, `HELD_OUT_SHARE` of it, is held out.
+
+    Raises:
+        DataError: it can't be read, or is too short for a sequence of each part.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable text file; got: {error}") from error
+    held_out = int(HELD_OUT_SHARE * len(content))
+    if held_out < seq_len + 1:
+        needed = math.ceil((seq_len + 1) / HELD_OUT_SHARE)
+        raise DataError(
+            f"{path}: expected at least {needed:,} bytes for sequences of {seq_len}; "
+            f"got {len(content):,}"
+        )
+    text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    parts = text[: len(text) - held_out], text[len(text) - held_out :]
+    (train_x, train_y), (test_x, test_y) = (_sequences(part, seq_len) for part in parts)
+    return Text(
+        name="text",
+        classes=BYTES,
+        train_x=train_x,
+        train_y=train_y,
+        test_x=test_x,
+        test_y=test_y,
+        unigram_entropy=_entropy(test_y),
+    )
 
 
 def batches(data: Dataset, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of `size` images; each epoch is a new order, its rest is dropped."""
+    """Endless batches of `size` samples; each epoch is a new order, its rest is dropped."""
     generator = torch.Generator().manual_seed(seed)
-    images = len(data.train_y)
+    samples = len(data.train_y)
     while True:
-        order = torch.randperm(images, generator=generator).to(data.train_y.device)
-        for chosen in torch.split(order[: images // size * size], size):
-            yield data.train_x[chosen], data.train_y[chosen]
+        order = torch.randperm(samples, generator=generator).to(data.train_y.device)
+        for chosen in torch.split(order[: samples // size * size], size):
+            yield for_model(data.train_x[chosen]), for_model(data.train_y[chosen])
 
 
-def read_idx(path: Path, dims: int) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, gzipped if its name ends in .gz.
-
-    Args:
-        path: the file.
-        dims: how many dimensions it must have: 3 for images (n, height, width), 1 for labels.
-
-    Returns:
-        A uint8 array, at least one element in each dimension.
-
-    Raises:
-        DataError: it can't be read, its magic number is another, or its length does not fit.
-    """
-    try:
-        # zlib checks its sums at the end only, so a body too long or too short is named first
-        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-            shape = _read_header(file, path, dims)
-            body = _read_at_most(file, math.prod(shape) + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected a readable IDX file; got: {error}") from error
-    if len(body) != math.prod(shape):
-        got = f"{len(body):,}" if len(body) < math.prod(shape) else "more"
-        raise DataError(f"{path}: expected {math.prod(shape):,} bytes of data {shape}; got {got}")
-    return np.frombuffer(bytearray(body), dtype=np.uint8).reshape(shape)
-
-
-def _read_header(file: BinaryIO, path: Path, dims: int) -> tuple[int, ...]:
-    size = 4 + 4 * dims
-    header = file.read(size)
-    expected = bytes((0, 0, _UINT8, dims))
-    if header[:4] != expected:
-        raise DataError(
-            f"{path}: expected magic number 0x{expected.hex()} (unsigned bytes, {dims} "
-            f"dimension{'s' * (dims > 1)}); got 0x{header[:4].hex()}"
-        )
-    if len(header) != size:
-        raise DataError(f"{path}: expected a header of {size} bytes; got {len(header)}")
-    shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4", offset=4))
-    if min(shape) < 1:
-        raise DataError(f"{path}: expected positive sizes; got {shape}")
-    return shape
-
-
-def _read_at_most(file: BinaryIO, size: int) -> bytes:
-    """Read up to `size` bytes, allocating no more than what is there: headers may lie."""
-    chunks, left = [], size
-    while left and (chunk := file.read(min(left, _CHUNK))):
-        chunks.append(chunk)
-        left -= len(chunk)
-    return b"".join(chunks)
+def for_model(batch: Tensor) -> Tensor:
+    """Bytes as int64, which embeddings and losses take; anything else as it is."""
+    return batch.long() if batch.dtype == torch.uint8 else batch
 
 
 def _find(folder: Path, stem: str) -> Path:
@@ -214,7 +254,7 @@ def _find(folder: Path, stem: str) -> Path:
     raise DataError(f"{folder}: expected a file {stem}.gz or {stem}; got neither")
 
 
-def _dataset(name: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Dataset:
+def _images(name: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Images:
     """Scale images (n, height, width) in [0, 1], training and held out, and flatten them."""
     average = x[0].mean(0)
     # centred inputs train faster, and a gradient that is common to all pixels would draw the
@@ -222,4 +262,25 @@ def _dataset(name: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> D
     spread = (x[0] - average).std().clamp(min=1e-6)
     train_x, test_x = (((part - average) / spread).flatten(1) for part in x)
     height, width = average.shape
-    return Dataset(name, (height, width), average, train_x, y[0], test_x, y[1])
+    return Images(
+        name=name,
+        classes=CLASSES,
+        train_x=train_x,
+        train_y=y[0],
+        test_x=test_x,
+        test_y=y[1],
+        image_shape=(height, width),
+        average=average,
+    )
+
+
+def _sequences(text: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Views of whole sequences, (n, seq_len) each: bytes, and the byte after each."""
+    whole = (len(text) - 1) // seq_len * seq_len
+    return text[:whole].view(-1, seq_len), text[1 : whole + 1].view(-1, seq_len)
+
+
+def _entropy(symbols: Tensor) -> float:
+    """Bits per symbol of the frequencies of uint8 symbols."""
+    shares = torch.bincount(symbols.flatten(), minlength=BYTES).double() / symbols.numel()
+    return float(torch.special.entr(shares).sum() / math.log(2))

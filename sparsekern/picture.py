@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.data import DEMO_EXTRA
-from sparsekern.errors import UnavailableError
+from sparsekern.errors import ConfigError, UnavailableError
 from sparsekern.training import RunResult
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def draw(results: Sequence[RunResult], average: Tensor, path: Path, subtitle: st
         subtitle: a line on what was trained.
 
     Raises:
+        ConfigError: the first layer of the model is not fully connected to the image.
         UnavailableError: matplotlib is not installed.
     """
     check_available()
@@ -68,9 +69,19 @@ def draw(results: Sequence[RunResult], average: Tensor, path: Path, subtitle: st
 def mean_connections(
     results: Sequence[RunResult], image_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Connections that leave each pixel at start and end, mean over runs: (height, width) each."""
-    starts = torch.stack([r.connections.start.double() for r in results])
-    ends = torch.stack([r.connections.end.double() for r in results])
+    """Connections that leave each pixel at start and end, mean over runs: (height, width) each.
+
+    Raises:
+        ConfigError: the first layer of the model is not fully connected to the image.
+    """
+    known = [r.connections for r in results if r.connections is not None]
+    if len(known) < len(results):
+        raise ConfigError(
+            "a picture shows the connections of each pixel with a fully connected first layer; "
+            "this model has another"
+        )
+    starts = torch.stack([connections.start.double() for connections in known])
+    ends = torch.stack([connections.end.double() for connections in known])
     return starts.mean(0).view(image_shape), ends.mean(0).view(image_shape)
 
 

@@ -21,13 +21,8 @@ from sparsekern.config import DENSE, TrainConfig
 from sparsekern.training import RunResult
 
 FORMAT = 1
-_HEAD = (
-    ("", "test", "training", "inference", "weights, grads,", "", "with", "", "", ""),
-    (
-        *("method", "accuracy %", "FLOPs x", "FLOPs x", "optimizer", "x", "indices", "x"),
-        *("step ms", "x"),
-    ),
-)
+_HEAD = ("test", "training", "inference", "weights, grads,", "", "with", "", "", "")
+_HEAD_2 = ("FLOPs x", "FLOPs x", "optimizer", "x", "indices", "x", "step ms", "x")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +33,15 @@ class Comparison:
         config: what was run.
         results: by method, one per seed; "dense" is among them.
         times: of a training step, by method.
+        sample: what FLOPs of inference are for, in words.
+        unigram_entropy: of the held-out text, bits per character; None for images.
     """
 
     config: TrainConfig
     results: Mapping[str, Sequence[RunResult]]
     times: Mapping[str, StepTime]
+    sample: str = "image"
+    unigram_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,13 @@ class Row:
 
     Attributes:
         method: its name.
-        accuracy: mean share of held-out images classified rightly.
+        accuracy: mean share of held-out images classified rightly, or characters guessed rightly.
         spread: sample standard deviation over seeds; None for one seed.
+        bits_per_character: mean, of the held-out text; None for images.
+        bits_spread: its sample standard deviation; None for one seed.
         training_flops: of a run.
         training_ratio: to dense.
-        inference_flops: per image.
+        inference_flops: per sample.
         inference_ratio: to dense.
         trained_bytes: weights, gradients and optimizer state.
         trained_ratio: to dense.
@@ -70,6 +71,8 @@ class Row:
     method: str
     accuracy: float
     spread: float | None
+    bits_per_character: float | None
+    bits_spread: float | None
     training_flops: float
     training_ratio: float
     inference_flops: float
@@ -97,6 +100,7 @@ def _row(
     method: str, results: Sequence[RunResult], dense: Sequence[RunResult], time: StepTime
 ) -> Row:
     accuracies = [r.accuracy for r in results]
+    bits = [r.bits_per_character for r in results if r.bits_per_character is not None]
     training, inference, trained, held = (
         (_mean(mine), _mean(mine) / _mean(theirs))
         for mine, theirs in zip(_costs(results), _costs(dense), strict=True)
@@ -105,7 +109,9 @@ def _row(
     return Row(
         method=method,
         accuracy=_mean(accuracies),
-        spread=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        spread=_spread(accuracies),
+        bits_per_character=_mean(bits) if bits else None,
+        bits_spread=_spread(bits),
         training_flops=training[0],
         training_ratio=training[1],
         inference_flops=inference[0],
@@ -132,8 +138,10 @@ def _costs(results: Sequence[RunResult]) -> tuple[list[int], ...]:
 
 def table(comparison: Comparison) -> str:
     """The rows as aligned text of at most 100 columns, with notes below."""
-    lines = [*_HEAD, *(_cells(row) for row in rows(comparison))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD[0]))]
+    measure = "accuracy %" if comparison.unigram_entropy is None else "bits/char"
+    head = [("", *_HEAD), ("method", measure, *_HEAD_2)]
+    lines = [*head, *(_cells(row) for row in rows(comparison))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(
             cell.rjust(w) if i else cell.ljust(w)
@@ -146,10 +154,9 @@ def table(comparison: Comparison) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    spread = "" if row.spread is None else f" ± {100 * row.spread:.2f}"
     return (
         row.method,
-        f"{100 * row.accuracy:.2f}{spread}",
+        _measured(row),
         f"{row.training_ratio:.4f}",
         f"{row.inference_ratio:.4f}",
         size(row.trained_bytes),
@@ -161,6 +168,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _measured(row: Row) -> str:
+    """Bits per character of a text, else the accuracy in percent."""
+    if row.bits_per_character is None:
+        spread = "" if row.spread is None else f" ± {100 * row.spread:.2f}"
+        return f"{100 * row.accuracy:.2f}{spread}"
+    spread = "" if row.bits_spread is None else f" ± {row.bits_spread:.3f}"
+    return f"{row.bits_per_character:.3f}{spread}"
+
+
 def _notes(comparison: Comparison) -> list[str]:
     config, every = comparison.config, rows(comparison)
     dense = next(row for row in every if row.method == DENSE)
@@ -168,9 +184,14 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = [
         f"{runs}; x: against dense in this run.",
         f"{FLOP_CONVENTION}.",
-        f"Dense: {dense.inference_flops:,.0f} FLOPs per image in inference, "
+        f"Dense: {dense.inference_flops:,.0f} FLOPs per {comparison.sample} in inference, "
         f"{dense.training_flops:.3g} in training.",
     ]
+    if comparison.unigram_entropy is not None:
+        notes.append(
+            f"Unigram entropy of the held-out text: {comparison.unigram_entropy:.3f} bits per "
+            "character, the best that a model without context can do."
+        )
     notes += [
         f"{row.method}: {row.updates:.0f} topology updates, "
         f"{1000 * row.update_seconds:.2f} ms per step with one (median)."
@@ -202,6 +223,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "format": FORMAT,
         "flops": FLOP_CONVENTION,
         "config": asdict(comparison.config),
+        "unigram_entropy": comparison.unigram_entropy,
         "environment": environment(torch.device(comparison.config.device)),
         "methods": methods,
     }
@@ -238,6 +260,10 @@ def _commit() -> str | None:
         [*command, "--exclude=*"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or None
+
+
+def _spread(numbers: Sequence[float]) -> float | None:
+    return statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""One training run: a fully connected network on images, dense or by a sparse method.
+"""One training run: a network on images or text, dense or by a sparse method.
 
     config = TrainConfig()
     result = run(config, data.load("digits"), "rigl", seed=0)
@@ -20,12 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.accounting import Flops, HeldBytes, held_bytes, run_flops, synchronize
+from sparsekern.accounting import (
+    Flops,
+    HeldBytes,
+    forward_flops,
+    held_bytes,
+    run_flops,
+    synchronize,
+)
 from sparsekern.config import ALL_METHODS, DENSE, TrainConfig
-from sparsekern.data import Dataset, batches
+from sparsekern.data import Dataset, Text, batches, for_model
 from sparsekern.errors import ConfigError, TrainingLoopError
 from sparsekern.methods import METHODS, Method
-from sparsekern.network import build, first_layer_connections
+from sparsekern.models import evaluating
+from sparsekern.network import build, first_layer_connections, shaped
 from sparsekern.swap import sparse_layers
 
 T_END_SHARE = 0.75
@@ -48,6 +56,18 @@ class Connections(NamedTuple):
     end: Tensor
 
 
+class Score(NamedTuple):
+    """How well the held-out data is predicted.
+
+    Attributes:
+        accuracy: share of the images, or characters, whose most likely class is the right one.
+        bits: per character, of the right one; None for images.
+    """
+
+    accuracy: float
+    bits: float | None
+
+
 class _UpdateStep(NamedTuple):
     seconds: float
     spent_batch: bool
@@ -60,7 +80,9 @@ class RunResult:
     Attributes:
         method: as asked for.
         seed: as asked for.
-        accuracy: share of the held-out images classified rightly, after the last step.
+        accuracy: share of the held-out images classified rightly after the last step, or of
+            characters guessed rightly.
+        bits_per_character: of the held-out text; None for images.
         losses: mean training loss of each epoch.
         weight_steps: steps of the optimizer that changed weights.
         updates: topology updates.
@@ -70,12 +92,13 @@ class RunResult:
         layers: the sparse ones.
         seconds: wall-clock time of training, testing left out.
         update_seconds: median time of a step with a topology update; None without updates.
-        connections: of the first hidden layer.
+        connections: of the image with the first layer; None if that is not fully connected.
     """
 
     method: str
     seed: int
     accuracy: float
+    bits_per_character: float | None
     losses: tuple[float, ...]
     weight_steps: int
     updates: int
@@ -85,7 +108,7 @@ class RunResult:
     layers: tuple[LayerFacts, ...]
     seconds: float
     update_seconds: float | None
-    connections: Connections
+    connections: Connections | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, without the connections."""
@@ -124,12 +147,12 @@ def total_steps(config: TrainConfig, data: Dataset) -> int:
     Raises:
         ConfigError: a batch is larger than the training set.
     """
-    images = len(data.train_y)
-    if config.batch_size > images:
+    samples = len(data.train_y)
+    if config.batch_size > samples:
         raise ConfigError(
-            f"`batch_size` must be at most the {images} training images; got {config.batch_size}"
+            f"`batch_size` must be at most the {samples} training samples; got {config.batch_size}"
         )
-    return config.epochs * (images // config.batch_size)
+    return config.epochs * (samples // config.batch_size)
 
 
 class Trainer:
@@ -143,8 +166,9 @@ class Trainer:
             raise ConfigError(f"`method` must be one of {ALL_METHODS}; got {method!r}")
         self.config, self.method_name, self.seed = config, method, seed
         self.steps = total_steps(config, data)
+        data = shaped(config, data)
+        self.model = build(config, data, method, seed)
         self.data = data.to(config.device)
-        self.model = build(config, data.pixels, method, seed)
         self.optimizer = _optimizer(config, self.model)
         self.method = self._attach()
         self.done = 0
@@ -154,25 +178,33 @@ class Trainer:
 
     def train(self, on_step: Callable[[int], None] | None = None) -> RunResult:
         """Take all weight steps, then test."""
-        before = first_layer_connections(self.model)
+        before = first_layer_connections(self.model, self.data)
         start = time.perf_counter()
-        losses, updates = self._take_steps(on_step)
+        device = self.data.train_x.device
+        # dropout draws from the global generators; the fork leaves them as they were
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            losses, updates = self._take_steps(on_step)
         seconds = time.perf_counter() - start
         spent = sum(update.spent_batch for update in updates)
+        held, score = held_bytes(self.model, self.optimizer), self.score()
+        after = first_layer_connections(self.model, self.data)
+        forward = forward_flops(self.model, for_model(self.data.test_x[:1]))
         return RunResult(
             method=self.method_name,
             seed=self.seed,
-            accuracy=self.accuracy(),
+            accuracy=score.accuracy,
+            bits_per_character=score.bits,
             losses=tuple(losses),
             weight_steps=self.done,
             updates=len(updates),
             update_batches=spent,
-            flops=run_flops(self.model, self.config.batch_size, self.done, spent),
-            held=held_bytes(self.model, self.optimizer),
+            flops=run_flops(forward, self.config.batch_size, self.done, spent),
+            held=held,
             layers=_layer_facts(self.model),
             seconds=seconds,
             update_seconds=statistics.median(u.seconds for u in updates) if updates else None,
-            connections=Connections(before, first_layer_connections(self.model)),
+            connections=None if before is None or after is None else Connections(before, after),
         )
 
     def _take_steps(
@@ -213,17 +245,27 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * (1 + math.cos(math.pi * progress)) / 2
         self.optimizer.zero_grad(set_to_none=True)
-        loss = nn.functional.cross_entropy(self.model(x), y)
+        loss = _loss(self.model(x), y)
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.done = self.done + 1 if self.method is None else self.method.weight_steps
         return loss.detach()
 
-    def accuracy(self) -> float:
-        """Share of the held-out images classified rightly."""
-        with torch.no_grad():
-            guesses = [self.model(x).argmax(1) for x in torch.split(self.data.test_x, 4096)]
-        return float((torch.cat(guesses) == self.data.test_y).double().mean())
+    def score(self) -> Score:
+        """Predict the held-out data, in evaluation mode."""
+        right, nats = 0, 0.0
+        with evaluating(self.model):
+            # what fits in training fits in testing
+            held_out = (self.data.test_x, self.data.test_y)
+            parts = [torch.split(part, self.config.batch_size) for part in held_out]
+            for x, y in zip(*parts, strict=True):
+                scores, labels = self.model(for_model(x)), for_model(y)
+                right += int((scores.argmax(-1) == labels).sum())
+                nats += float(_loss(scores, labels, reduction="sum"))
+        count = self.data.test_y.numel()
+        if not isinstance(self.data, Text):
+            return Score(right / count, None)
+        return Score(right / count, self._finite(nats) / count / math.log(2))
 
     def _attach(self) -> Method | None:
         if self.method_name == DENSE:
@@ -243,10 +285,15 @@ class Trainer:
     def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):
             raise TrainingLoopError(
-                f"the training loss must stay finite; got {loss} after {self.done} weight steps "
+                f"the loss must stay finite; got {loss} after {self.done} weight steps "
                 f"of {self.method_name!r}, seed {self.seed}: try a smaller learning rate"
             )
         return loss
+
+
+def _loss(scores: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy in nats of scores (..., classes) and labels (...)."""
+    return nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten(), reduction=reduction)
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

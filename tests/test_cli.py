@@ -68,7 +68,9 @@ def report_lines(text):
 
 def test_json_says_everything(results):
     assert results["format"] == report.FORMAT
-    assert set(results) == {"format", "flops", "config", "environment", "methods"}
+    facts = {"format", "flops", "config", "environment", "methods", "unigram_entropy"}
+    assert set(results) == facts
+    assert results["unigram_entropy"] is None
     assert set(results["config"]) == set(TrainConfig.__dataclass_fields__)
     environment = {"sparsekern", "commit", "python", "torch", "numpy", "platform", "processor"}
     assert set(results["environment"]) == environment | {"threads", "device"}
@@ -113,7 +115,7 @@ def test_connections_are_sums_of_the_mask(block):
     digits = data.load_digits()
     config = TrainConfig(hidden=(30,), epochs=1, update_freq=5, block=block)
     result = run(config, digits, "rigl", 0)
-    mask = build(config, 64, "rigl", 0)[0].mask()
+    mask = build(config, digits, "rigl", 0)[0].mask()
     assert torch.equal(result.connections.start, mask.sum(0))
     assert not torch.equal(result.connections.end, result.connections.start)
     if block == 1:  # a block of a ragged column may hold less
@@ -138,8 +140,8 @@ def test_same_seed_same_result_and_no_global_state(method):
 
 
 def test_sparse_methods_start_from_the_same_network():
-    config = TrainConfig()
-    static, rigl, dense = (build(config, 64, m, 0) for m in ("static", "rigl", "dense"))
+    config, digits = TrainConfig(), data.load_digits()
+    static, rigl, dense = (build(config, digits, m, 0) for m in ("static", "rigl", "dense"))
     for (name, a), b in zip(static.state_dict().items(), rigl.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert torch.equal(static.output.weight, dense.output.weight)

@@ -1,6 +1,7 @@
 """Datasets: IDX files round trip, damage is named, the digits split is stratified and fixed."""
 
 import gzip
+import math
 import struct
 
 import numpy as np
@@ -127,10 +128,66 @@ def test_digits_split():
 def test_batches_cover_an_epoch_once_and_repeat_by_seed():
     size, n = 4, 10
     rows = torch.arange(n, dtype=torch.float32).view(n, 1)
-    small = data.Dataset("digits", (1, 1), rows[:1], rows, torch.arange(n), rows, torch.arange(n))
+    labels = torch.arange(n)
+    small = data.Images(
+        name="digits",
+        classes=n,
+        train_x=rows,
+        train_y=labels,
+        test_x=rows,
+        test_y=labels,
+        image_shape=(1, 1),
+        average=rows[:1],
+    )
     one, two, other = (data.batches(small, size, seed) for seed in (3, 3, 4))
     drawn = [[next(stream)[1].tolist() for _ in range(6)] for stream in (one, two, other)]
     assert drawn[0] == drawn[1] != drawn[2]
     for epoch in range(3):
         seen = [label for batch in drawn[0][2 * epoch : 2 * epoch + 2] for label in batch]
         assert len(set(seen)) == len(seen) == n // size * size
+
+
+def test_text_sequences_follow_each_other(tmp_path):
+    content = bytes(range(256)) * 2
+    (tmp_path / "t").write_bytes(content)
+    got = data.load("text", tmp_path / "t", 7)
+    assert (got.classes, got.sample) == (256, "sequence of 7 bytes")
+    held_out = 512 // 10
+    for x, y, part in (
+        (got.train_x, got.train_y, content[:-held_out]),
+        (got.test_x, got.test_y, content[-held_out:]),
+    ):
+        n = (len(part) - 1) // 7 * 7
+        assert bytes(x.flatten().tolist()) == part[:n]
+        assert bytes(y.flatten().tolist()) == part[1 : n + 1]
+        assert x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    x, y = next(data.batches(got, 3, 0))
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert got.unigram_entropy == pytest.approx(math.log2(49), rel=1e-12)  # 49 different bytes
+
+
+def test_entropy_by_hand(tmp_path):
+    (tmp_path / "t").write_bytes(b"x" * 900 + b"aaba" * 25)
+    got = data.load("text", tmp_path / "t", 9)  # predicted: 99 bytes after the first
+    a, b = 74, 25
+    shares = [a / 99, b / 99]
+    assert got.unigram_entropy == pytest.approx(-sum(p * math.log2(p) for p in shares), rel=1e-12)
+
+
+def test_text_that_can_not_be_used_is_named(tmp_path):
+    (tmp_path / "short").write_bytes(b"a" * 109)
+    with pytest.raises(DataError, match=r"short: expected at least 110 bytes .* of 10; got 109"):
+        data.load("text", tmp_path / "short", 10)
+    assert len(data.load("text", _written(tmp_path / "enough", b"a" * 110), 10).test_x) == 1
+    with pytest.raises(DataError, match="expected a readable text file"):
+        data.load("text", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="expected a readable text file"):
+        data.load("text", tmp_path)
+    with pytest.raises(ConfigError, match="needs a file"):
+        data.load("text")
+
+
+def _written(path, content):
+    path.write_bytes(content)
+    return path

@@ -25,6 +25,8 @@ LAYERS = [
         "sparsekern.accounting",
         "sparsekern.config",
         "sparsekern.data",
+        "sparsekern.idx",
+        "sparsekern.models",
         "sparsekern.network",
         "sparsekern.picture",
         "sparsekern.progress",

@@ -1,0 +1,68 @@
+"""IDX files, the format of MNIST: a magic number, the sizes, and unsigned bytes."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from sparsekern.errors import DataError
+
+_UINT8 = 0x08
+_CHUNK = 1 << 20
+
+
+def read_idx(path: Path, dims: int) -> np.ndarray:
+    """Read an IDX file of unsigned bytes, gzipped if its name ends in .gz.
+
+    Args:
+        path: the file.
+        dims: how many dimensions it must have: 3 for images (n, height, width), 1 for labels.
+
+    Returns:
+        A uint8 array, at least one element in each dimension.
+
+    Raises:
+        DataError: it can't be read, its magic number is another, or its length does not fit.
+    """
+    try:
+        # zlib checks its sums at the end only, so a body too long or too short is named first
+        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            shape = _read_header(file, path, dims)
+            body = _read_at_most(file, math.prod(shape) + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: expected a readable IDX file; got: {error}") from error
+    if len(body) != math.prod(shape):
+        got = f"{len(body):,}" if len(body) < math.prod(shape) else "more"
+        raise DataError(f"{path}: expected {math.prod(shape):,} bytes of data {shape}; got {got}")
+    return np.frombuffer(bytearray(body), dtype=np.uint8).reshape(shape)
+
+
+def _read_header(file: BinaryIO, path: Path, dims: int) -> tuple[int, ...]:
+    size = 4 + 4 * dims
+    header = file.read(size)
+    expected = bytes((0, 0, _UINT8, dims))
+    if header[:4] != expected:
+        raise DataError(
+            f"{path}: expected magic number 0x{expected.hex()} (unsigned bytes, {dims} "
+            f"dimension{'s' * (dims > 1)}); got 0x{header[:4].hex()}"
+        )
+    if len(header) != size:
+        raise DataError(f"{path}: expected a header of {size} bytes; got {len(header)}")
+    shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4", offset=4))
+    if min(shape) < 1:
+        raise DataError(f"{path}: expected positive sizes; got {shape}")
+    return shape
+
+
+def _read_at_most(file: BinaryIO, size: int) -> bytes:
+    """Read up to `size` bytes, allocating no more than what is there: headers may lie."""
+    chunks, left = [], size
+    while left and (chunk := file.read(min(left, _CHUNK))):
+        chunks.append(chunk)
+        left -= len(chunk)
+    return b"".join(chunks)
