@@ -24,10 +24,28 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DtypeError, UnavailableError
+from sparsekern.ops.cpu_conv import conv2d, conv2d_backward, conv2d_dgrad, conv2d_wgrad
 
 if TYPE_CHECKING:
     from sparsekern.ops.dispatch import Backend
     from sparsekern.topology import Topology
+
+__all__ = [
+    "BLAS_EDGE",
+    "NAMES",
+    "backend_for",
+    "backward",
+    "compute_dtype",
+    "conv2d",
+    "conv2d_backward",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "force",
+    "has_numba",
+    "sddmm",
+    "spmm",
+    "spmm_t",
+]
 
 NAMES = ("jit", "blas", "csr")
 BLAS_EDGE = 32
@@ -83,6 +101,11 @@ def backend_for(t: Topology, dtype: torch.dtype) -> str:
     if has_numba():
         return "jit"
     return "blas" if min(t.block) >= BLAS_EDGE else "csr"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic type of products of `dtype`: float32 for the 16-bit types."""
+    return _COMPUTE[dtype]
 
 
 def spmm(

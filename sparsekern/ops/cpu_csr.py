@@ -111,7 +111,8 @@ def _entries(block_index: Tensor, edge: int, block: tuple[int, int], axis: int) 
     if block == (1, 1):
         return block_index
     inner = torch.arange(edge, dtype=torch.int32).view((-1, 1) if axis == 0 else (1, -1))
-    return (block_index.view(-1, 1, 1) * edge + inner).expand(-1, *block).reshape(-1)
+    index = (block_index.view(-1, 1, 1) * edge + inner).expand(-1, *block)
+    return index.contiguous().view(-1)  # reshape would keep one block's zero strides
 
 
 def _bags(values: Tensor, t: Topology, *, transposed: bool) -> _Bags:

@@ -32,11 +32,12 @@ def jit(function: F) -> F:
         compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder that it may write to
         return cast(F, njit(**options)(function))
-    # numba dates a cached kernel by the kernel's own file only: add this one's
+    # numba dates a cached kernel by the kernel's own file only: add those it is built from
     store: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if hasattr(store, "_source_stamp"):
-        own = Path(__file__).stat()
-        store._source_stamp = (store._source_stamp, own.st_mtime, own.st_size)
+        built_from = [path.stat() for path in sorted(Path(__file__).parent.glob("cpu_*.py"))]
+        stamp = tuple((file.st_mtime, file.st_size) for file in built_from)
+        store._source_stamp = (store._source_stamp, stamp)
     return cast(F, compiled)
 
 
