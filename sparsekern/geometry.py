@@ -55,7 +55,7 @@ class ConvGeometry:
 
     @property
     def pointwise(self) -> bool:
-        """Whether it is a linear map of each pixel's channels: 1x1, no stride, padding or groups."""
+        """Whether it is a linear map of each pixel: 1x1, no stride, padding or groups."""
         return (
             self.taps == 1 and self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
         )

@@ -6,7 +6,7 @@ from support import AllocationTracer
 from torch import nn
 from torch.nn import functional as F
 
-from sparsekern import SET, RigL, SparseLinear, sparse_layers, sparsify_
+from sparsekern import SET, RigL, SparseConv2d, SparseLinear, sparse_layers, sparsify_
 from sparsekern.ops.grow import slab_block_rows
 from sparsekern.topology import ARRAY_NAMES
 
@@ -34,6 +34,38 @@ def test_bytes_of_a_layer_equal_the_formula(sizes, block, optimizer, states):
     numbers = topology.nnzb * bh * bw
     indices = 2 * block_rows + 1 + 2 * block_cols + 1 + 3 * topology.nnzb
     assert held_bytes(layer, opt) == 4 * (numbers * (2 + states) + indices)
+
+
+@pytest.mark.parametrize(("groups", "block"), [(1, 1), (1, (8, 4)), (2, (4, 8)), (4, 1)])
+def test_bytes_of_a_convolution_equal_the_formula(groups, block):
+    layer = SparseConv2d(24, 40, 3, groups=groups, bias=False, sparsity=0.7, block=block)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 24, 5, 5)).sum().backward()
+    optimizer.step()
+    t, (bh, bw) = layer.topology, layer.block
+    block_rows = groups * -(-40 // groups // bh)
+    block_cols = 9 * -(-24 // groups // bw)
+    indices = 2 * block_rows + 1 + 2 * groups * block_cols + 1 + 3 * t.nnzb
+    assert held_bytes(layer, optimizer) == 4 * (t.nnzb * bh * bw * (2 + 2) + indices)
+
+
+def test_a_training_step_of_a_sparse_network_makes_nothing_of_the_size_of_an_unfolded_image():
+    """Convolutions as in a residual network, whose unfolded images are nine times the image."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    sparsify_(model, 0.8, block={"3": 16, "6": 16}, distribution="uniform")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, target = torch.randn(8, 3, 24, 24), torch.randint(0, 10, (8,))
+    assert {layer.resolved_impl for layer in sparse_layers(model).values()} == {"cpu"}
+    with AllocationTracer() as tracer:
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    activations = 8 * 16 * 24 * 24  # the largest image of the network
+    unfolded = 9 * 8 * 16 * 12 * 12  # of the strided convolution, which is the smallest
+    assert tracer.largest <= activations * 26 * 26 // (24 * 24) < unfolded, tracer.at
 
 
 @pytest.mark.slow

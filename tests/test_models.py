@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from sparsekern import sparse_layers, sparsify_
+from sparsekern.blocks import active_count
 from sparsekern.distribution import distribute
 
 
@@ -177,6 +179,41 @@ def test_erk_sparsities_of_resnet_50(resnet_50, sparsity):
     given = distribute(resnet_50[0], sparsity, "erk")
     for name, expected in SPARSITIES[sparsity].items():
         assert round(given[name], 3) == expected, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+def test_resnet_50_holds_exactly_the_weights_that_the_reference_code_gives_it(distribution):
+    from benchmarks.models import resnet_50
+
+    model = resnet_50()
+    shapes = {name: tuple(w.shape) for name, w in weights(model).items()}
+    if distribution == "uniform":
+        del shapes["conv1"]  # dense there
+    given = distribute(shapes, 0.9, distribution)
+    expected = {
+        name: active_count(math.prod(shape), given[name])
+        for name, shape in shapes.items()
+        if given[name]
+    }
+    sparsify_(model, 0.9, distribution=distribution, init=None)
+    held = {name: layer.nnz for name, layer in sparse_layers(model).items()}
+    assert held == expected
+    dense = sum(math.prod(shapes[name]) for name in set(shapes) - set(held))
+    budget = sum(active_count(math.prod(shape), 0.9) for shape in shapes.values())
+    # each layer rounds up its own share
+    assert 0 <= sum(held.values()) + dense - budget <= len(shapes)
+    assert len(held) == {"erk": 53, "uniform": 53}[distribution]
+
+
+def test_mobilenet_keeps_its_depthwise_convolutions_dense():
+    from benchmarks.models import mobilenet_v1
+
+    model = sparsify_(mobilenet_v1(width=0.25), 0.75, distribution="uniform")
+    kept = [m for m in model.modules() if type(m) is nn.Conv2d]
+    assert len(kept) == 1 + 13  # the first one, and one in each block
+    assert all(m.groups == m.in_channels for m in kept[1:])
+    assert len(sparse_layers(model)) == 13 + 1
 
 
 # ---- they run
