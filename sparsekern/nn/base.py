@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
 from sparsekern.ops.dispatch import check_impl, resolve
 from sparsekern.topology import ARRAY_NAMES, Topology
+
+L = TypeVar("L", bound=nn.Module)
 
 
 class WeightView:
@@ -70,6 +72,7 @@ class SparseLayer(nn.Module):
     """
 
     values: nn.Parameter
+    bias: nn.Parameter | None
     crow: Tensor
     col: Tensor
     ccol: Tensor
@@ -212,6 +215,34 @@ class SparseLayer(nn.Module):
         self._capture_key = key
 
     # ---- for subclasses
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, values and bias, in autocast's dtype where that is on."""
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
+        if not torch.is_autocast_enabled(x.device.type):
+            return x, values, bias
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _take_from(self, module: Any, matrix: Tensor) -> Self:
+        """Copy the active values of a dense layer, whose weight is `matrix`, and its bias."""
+        self.set_active_values(self.topology.pack(matrix))
+        self.values.requires_grad_(module.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.data.copy_(module.bias.detach())
+            self.bias.requires_grad_(module.bias.requires_grad)
+        return self.train(module.training)
+
+    def _give_to(self, module: L) -> L:
+        """Copy weight, zeros filled in, and bias to a dense layer."""
+        dense: Any = module
+        dense.weight.data.copy_(self.dense_weight())
+        dense.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias.data.copy_(self.bias.detach())
+            dense.bias.requires_grad_(self.bias.requires_grad)
+        return module.train(self.training)
 
     def _observed(self, y: Tensor, x: Tensor) -> Tensor:
         """Route y = f(x) through the capture operator if observed."""

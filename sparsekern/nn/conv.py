@@ -61,7 +61,6 @@ class SparseConv(SparseLayer):
 
     dims: ClassVar[int]
     dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d]]
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -162,12 +161,7 @@ class SparseConv(SparseLayer):
                 f"input must have shape (N, {self.in_channels}, {names}) or "
                 f"({self.in_channels}, {names}); got {tuple(x.shape)}"
             )
-        values: Tensor = self.values
-        bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values = x.to(dtype), values.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        x, values, bias = self._operands(x)
         images = self._as_images(self._pads.apply(x))
         if self.dense_mask is not None:
             self.geometry.output_size(*images.shape[2:])
@@ -240,13 +234,7 @@ class SparseConv(SparseLayer):
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        weight = matrix_of(module.weight.detach())
-        layer.set_active_values(topology.to(weight.device).pack(weight))
-        layer.values.requires_grad_(module.weight.requires_grad)
-        if layer.bias is not None and module.bias is not None:
-            layer.bias.data.copy_(module.bias.detach())
-            layer.bias.requires_grad_(module.bias.requires_grad)
-        return layer.train(module.training)
+        return layer._take_from(module, matrix_of(module.weight.detach()))
 
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """Torch's own layer with the same weights, zeros filled in."""
@@ -254,12 +242,7 @@ class SparseConv(SparseLayer):
         layer: nn.Conv1d | nn.Conv2d = make(
             *_arguments(self), device=self.values.device, dtype=self.values.dtype
         )
-        layer.weight.data.copy_(self.dense_weight())
-        layer.weight.requires_grad_(self.values.requires_grad)
-        if self.bias is not None and layer.bias is not None:
-            layer.bias.data.copy_(self.bias.detach())
-            layer.bias.requires_grad_(self.bias.requires_grad)
-        return layer.train(self.training)
+        return self._give_to(layer)
 
     def extra_repr(self) -> str:
         """Sizes as in torch's layer, then block, sparsity and the implementation in use."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
-from sparsekern.blocks import Block
+from sparsekern.blocks import Block, Grid
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.init import draw_uniform_
@@ -39,8 +39,6 @@ class SparseLinear(SparseLayer):
             larger than the layer.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -63,8 +61,11 @@ class SparseLinear(SparseLayer):
         shape = (out_features, in_features)
         if topology is None:
             topology = Topology.random(shape, block, sparsity=sparsity, generator=generator)
-        elif topology.shape != shape:
-            raise ShapeError(f"`topology` must have shape {shape}; got {topology.shape}")
+        elif topology.grid != Grid.of(shape, topology.block):
+            raise ShapeError(
+                f"`topology` must have shape {shape} in one part; got {topology.shape} in "
+                f"{topology.groups * topology.taps}"
+            )
         super().__init__(topology.to(device or torch.get_default_device()), impl, dtype)
         self.in_features = in_features
         self.out_features = out_features
@@ -85,12 +86,7 @@ class SparseLinear(SparseLayer):
             raise ShapeError(
                 f"input must have shape (..., {self.in_features}); got {tuple(x.shape)}"
             )
-        values: Tensor = self.values
-        bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values = x.to(dtype), values.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        x, values, bias = self._operands(x)
         tokens = x.reshape(-1, self.in_features)
         if self.dense_mask is not None:
             y = nn.functional.linear(tokens, values * self.dense_mask, bias)
@@ -144,12 +140,7 @@ class SparseLinear(SparseLayer):
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        layer.set_active_values(topology.to(module.weight.device).pack(module.weight.detach()))
-        layer.values.requires_grad_(module.weight.requires_grad)
-        if layer.bias is not None:
-            layer.bias.data.copy_(module.bias.detach())
-            layer.bias.requires_grad_(module.bias.requires_grad)
-        return layer.train(module.training)
+        return layer._take_from(module, module.weight.detach())
 
     def to_dense(self) -> nn.Linear:
         """An `nn.Linear` with the same weights, zeros filled in."""
@@ -160,12 +151,7 @@ class SparseLinear(SparseLayer):
             device=self.values.device,
             dtype=self.values.dtype,
         )
-        layer.weight.data.copy_(self.dense_weight())
-        layer.weight.requires_grad_(self.values.requires_grad)
-        if self.bias is not None:
-            layer.bias.data.copy_(self.bias.detach())
-            layer.bias.requires_grad_(self.bias.requires_grad)
-        return layer.train(self.training)
+        return self._give_to(layer)
 
     def extra_repr(self) -> str:
         """Sizes as in `nn.Linear`, then block, sparsity and the implementation in use."""
