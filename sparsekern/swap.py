@@ -59,10 +59,11 @@ def sparsify_(
     matrices of a recurrent layer count one by one, under names such as "rnn.hh_l0".
 
     Build the optimizer afterwards: the layers have new parameters. Left alone are modules of other
-    types (embeddings, norms, subclasses), layers whose weight is shared with another module, output
-    heads of language models (`DEFAULT_EXCLUDE`), depthwise convolutions, the model's first
-    convolution if the distribution is "uniform" (Evci et al. 2020, section 3), and weights whose
-    share comes out as sparsity 0, which are faster dense.
+    types (embeddings, norms, subclasses), layers that share a parameter with another module, layers
+    whose weight something else makes (weight norm, pruning), output heads of language models
+    (`DEFAULT_EXCLUDE`), depthwise convolutions, the model's first convolution if the distribution
+    is "uniform" (Evci et al. 2020, section 3), and weights whose share comes out as sparsity 0,
+    which are faster dense.
 
     Args:
         model: its direct or nested layers are replaced; a bare layer can't be.
@@ -103,17 +104,24 @@ def sparsify_(
     if not candidates:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
         raise ConfigError(f"`model` has no layer left to make sparse ({kinds})")
-    targets = _with_blocks(_with_sparsity(candidates, sparsity, distribution), block)
+    known = [target.name for target in _all_targets(model)]
+    targets = _with_sparsity(candidates, sparsity, distribution, known)
+    targets = _with_blocks(targets, block, known)
     for target in targets:
         _check_cut(target)
+    made = []
     for owner in dict.fromkeys(target.owner for target in targets):
         own = [target for target in targets if target.owner == owner]
-        _replace(model, own[0].module, _converted(own, init, impl, generator))
+        made.append((own[0].module, _converted(own, init, impl, generator)))
+    for module, layer in made:
+        _replace(model, module, layer)
     return model
 
 
 def densify_(model: nn.Module) -> nn.Module:
     """Replace the model's sparse layers by torch's, in place, with the same weights."""
+    if isinstance(model, tuple(SPARSE_TYPES.values())):
+        raise DtypeError("`model` must contain layers; a single one has `to_dense`")
     done: set[int] = set()
     for module in list(model.modules()):
         if id(module) not in done and isinstance(module, tuple(SPARSE_TYPES.values())):
@@ -143,11 +151,7 @@ def _candidates(
     *,
     first_conv_stays: bool,
 ) -> list[_Target]:
-    targets = [
-        _Target(f"{name}.{own}" if own else name, name, module, weight)
-        for name, module in model.named_modules()
-        for own, weight in weights_of(module).items()
-    ]
+    targets = _all_targets(model)
     for pattern in [exclude] if isinstance(exclude, str | re.Pattern) else exclude:
         names = dict.fromkeys([n for n, _ in model.named_modules()] + [t.name for t in targets])
         hits = [name for name in names if _matches(pattern, name)]
@@ -160,10 +164,18 @@ def _candidates(
     return [
         target
         for target in targets
-        if id(target.weight.parameter) not in shared
+        if shared.isdisjoint(map(id, target.module.parameters(recurse=False)))
         and not any(_matches(p, target.owner) for p in DEFAULT_EXCLUDE)
         and not is_depthwise(target.module)
         and target.module is not first
+    ]
+
+
+def _all_targets(model: nn.Module) -> list[_Target]:
+    return [
+        _Target(f"{name}.{own}" if own else name, name, module, weight)
+        for name, module in model.named_modules()
+        for own, weight in weights_of(module).items()
     ]
 
 
@@ -186,14 +198,14 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _with_sparsity(
-    targets: list[_Target], sparsity: float, distribution: Distribution
+    targets: list[_Target], sparsity: float, distribution: Distribution, known: Sequence[str]
 ) -> list[_Target]:
     """Those that get a share above 0."""
     if isinstance(distribution, str):
         shapes = {t.name: tuple(t.weight.parameter.shape) for t in targets}
         shares: dict[str, Any] = dict(distribute(shapes, sparsity, distribution))
     elif isinstance(distribution, Mapping):
-        shares = _by_pattern("distribution", distribution, targets, sparsity)
+        shares = _by_pattern("distribution", distribution, targets, sparsity, known)
     elif callable(distribution):
         shares = {t.name: distribution(t.name, t.module) for t in targets}
     else:
@@ -207,9 +219,9 @@ def _with_sparsity(
     return [target for target in checked if target.sparsity > 0]
 
 
-def _with_blocks(targets: list[_Target], block: Blocks) -> list[_Target]:
+def _with_blocks(targets: list[_Target], block: Blocks, known: Sequence[str]) -> list[_Target]:
     if isinstance(block, Mapping):
-        blocks = _by_pattern("block", block, targets, 1)
+        blocks = _by_pattern("block", block, targets, 1, known)
     elif callable(block):
         blocks = {t.name: block(t.name, t.module) for t in targets}
     else:
@@ -219,15 +231,22 @@ def _with_blocks(targets: list[_Target], block: Blocks) -> list[_Target]:
 
 
 def _by_pattern(
-    argument: str, values: Mapping[Pattern, Any], targets: list[_Target], default: Any
+    argument: str,
+    values: Mapping[Pattern, Any],
+    targets: list[_Target],
+    default: Any,
+    known: Sequence[str],
 ) -> dict[str, Any]:
-    """The value of the first pattern that matches each name."""
-    names = [target.name for target in targets]
+    """The value of the first pattern that matches each name.
+
+    A pattern may match a layer that stays dense, but must match one that the model has.
+    """
     for pattern in values:
-        if not any(_matches(pattern, name) for name in names):
-            raise ConfigError(f"`{argument}` pattern {_show(pattern)} matches none of {names}")
+        if not any(_matches(pattern, name) for name in known):
+            raise ConfigError(f"`{argument}` pattern {_show(pattern)} matches none of {known}")
     return {
-        name: next((v for p, v in values.items() if _matches(p, name)), default) for name in names
+        target.name: next((v for p, v in values.items() if _matches(p, target.name)), default)
+        for target in targets
     }
 
 
@@ -257,8 +276,9 @@ def _converted(
     """The sparse layer of one module, with all of its targets."""
     topologies = {t.weight.name: _topology(t, init, generator) for t in targets}
     layer: Any = convert(targets[0].module, topologies, impl)
+    names = set(topologies)
     if init == "sparse":
-        layer.reset_parameters(generator)
+        layer.reset_parameters(generator, **({} if names == {""} else {"names": names}))
     return layer
 
 

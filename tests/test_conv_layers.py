@@ -295,3 +295,18 @@ def test_a_layer_on_two_resolutions_grows_by_the_sum_of_both():
     scores = rigl.observers["0"].scores()
     matrix = dense.weight.grad.permute(0, 2, 3, 1).reshape(layer.matrix_shape).abs()
     assert torch.equal(scores.active, layer.topology.pack(matrix).flatten())
+
+
+def test_padding_of_other_modes_keeps_the_memory_format():
+    x = integers(2, 32, 6, 5).contiguous(memory_format=torch.channels_last)
+    for name in ("reflect", "replicate", "circular", "same, even kernel"):
+        y = layer_of("cpu", ARGUMENTS[name])(x)
+        assert y.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_autocast_leaves_float64_alone_and_the_meta_device_has_none():
+    layer = layer_of("cpu", {"kernel_size": 3}, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(integers(1, 32, 4, 4, dtype=torch.float64)).dtype is torch.float64
+    shapes = SparseConv2d(8, 8, 3, device="meta", impl="dense")
+    assert shapes(torch.empty(2, 8, 9, 9, device="meta")).shape == (2, 8, 7, 7)

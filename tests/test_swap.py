@@ -328,3 +328,52 @@ def test_one_matrix_of_a_recurrent_layer_can_be_left_dense():
 def test_a_bare_layer_of_any_kind_is_no_model(kind):
     with pytest.raises(DtypeError, match=rf"Sparse{type(kind).__name__}\.from_dense"):
         sparsify_(kind)
+
+
+def test_matrices_left_dense_keep_their_values_and_biases():
+    model = Everything()
+    weight, bias = model.rnn.weight_ih_l0.clone(), model.rnn.bias_ih_l0.clone()
+    sparsify_(model, 0.5, exclude=["rnn.ih_l0"])
+    assert torch.equal(model.rnn.ih_l0.weight, weight)
+    assert torch.equal(model.rnn.ih_l0.bias, bias)
+    assert not torch.equal(model.rnn.hh_l0.bias, bias)
+
+
+def test_layers_that_share_a_parameter_stay_as_they_are():
+    a, b, c = nn.GRU(8, 8), nn.GRU(8, 8), nn.GRU(8, 8)
+    b.weight_hh_l0 = a.weight_hh_l0
+    d, e = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    e.bias = d.bias
+    model = nn.ModuleList([a, b, c, d, e])
+    sparsify_(model, 0.5, distribution="er")
+    assert [type(m).__name__ for m in model] == ["GRU", "GRU", "SparseGRU", "Conv2d", "Conv2d"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_layers_whose_weight_something_else_makes_stay_as_they_are():
+    normed = nn.utils.weight_norm(nn.GRU(8, 8), "weight_hh_l0")
+    pruned = nn.Conv2d(4, 4, 3)
+    nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    tied = nn.GRU(8, 8, 2)
+    tied.weight_hh_l1 = tied.weight_hh_l0
+    model = nn.ModuleList([nn.Linear(8, 8), normed, pruned, tied])
+    sparsify_(model, 0.5, distribution="er")
+    assert [type(m).__name__ for m in model] == ["SparseLinear", "GRU", "Conv2d", "GRU"]
+
+
+def test_a_pattern_may_name_a_layer_that_stays_dense():
+    model = sparsify_(Everything(), 0.5, block={"stem": 1, "*": 2}, distribution="uniform")
+    assert "stem" not in sparse_layers(model)
+    assert {layer.block for layer in sparse_layers(model).values()} == {(2, 2)}
+
+
+def test_an_error_in_a_later_layer_replaces_no_earlier_one():
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64)])
+    with pytest.raises(DtypeError, match="must be a floating point type; got torch.complex64"):
+        sparsify_(model, 0.5)
+    assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+
+
+def test_densify_refuses_a_bare_layer():
+    with pytest.raises(DtypeError, match="a single one has `to_dense`"):
+        densify_(SparseLinear(8, 8))

@@ -217,12 +217,14 @@ class SparseLayer(nn.Module):
     # ---- for subclasses
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, values and bias, in autocast's dtype where that is on."""
+        """Input, values and bias, in autocast's dtype where that is on; float64 stays."""
         values: Tensor = self.values
         bias: Tensor | None = self.bias
-        if not torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        known = torch.amp.autocast_mode.is_autocast_available(kind)  # not of the meta device
+        if not known or not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
             return x, values, bias
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
 
     def _take_from(self, module: Any, matrix: Tensor) -> Self:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.ops.layout import format_of
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -26,8 +27,11 @@ class Padding(NamedTuple):
     mode: str = "constant"
 
     def apply(self, x: Tensor) -> Tensor:
-        """Pad the image by what the operator does not do itself."""
-        return functional.pad(x, self.before, self.mode) if self.before else x
+        """Pad the image by what the operator does not do itself, in its memory format."""
+        if not self.before:
+            return x
+        padded = functional.pad(x, self.before, self.mode)
+        return padded.contiguous(memory_format=format_of(x)) if x.dim() == 4 else padded
 
 
 def padding_of(

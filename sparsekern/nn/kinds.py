@@ -58,16 +58,31 @@ SPARSE_TYPES: dict[type[nn.Module], Any] = {
 
 
 def weights_of(module: nn.Module) -> dict[str, Weight]:
-    """The weights of one module that can be sparse, by name; none of other and derived types."""
+    """The weights of one module that can be sparse, by name.
+
+    None of other and derived types, nor of layers whose weights something else makes (weight norm,
+    pruning) or that hold one twice.
+    """
     kind = type(module)
     if kind in RECURRENT:
-        return {name: Weight(name, parameter) for name, parameter in matrices(module).items()}
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and kind in SPARSE_TYPES:
+        held = matrices(module)
+        plain = len({id(p) for p in held.values()}) == len(held) == len(_usual_names(module))
+        return {name: Weight(name, p) for name, p in held.items()} if plain else {}
+    if kind not in SPARSE_TYPES or not isinstance(module.weight, nn.Parameter):
+        return {}
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
         taps = math.prod(module.kernel_size)
         return {"": Weight("", module.weight, module.groups, taps)}
-    if isinstance(module, nn.Linear) and kind in SPARSE_TYPES:
-        return {"": Weight("", module.weight)}
-    return {}
+    return {"": Weight("", module.weight)}
+
+
+def _usual_names(module: nn.Module) -> list[str]:
+    """The weights that a torch recurrent layer or cell holds under their own names."""
+    if not isinstance(module, nn.RNNBase):
+        names = ["weight_ih", "weight_hh"]
+    else:
+        names = [name for name in module._flat_weights_names if name.startswith("weight_")]
+    return [name for name in names if isinstance(getattr(module, name, None), nn.Parameter)]
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
     """
     return {
         name.removeprefix("weight_"): weight
-        for name, weight in module.named_parameters(recurse=False)
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
         if name.startswith("weight_")
     }
 
@@ -94,14 +94,22 @@ class SparseRecurrent(nn.Module):
     def _matrices(self) -> dict[str, Any]:
         return dict(self.named_children())
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, names: Container[str] | None = None
+    ) -> None:
         """Draw as torch does, from U(-b, b) with b = 1 / sqrt(hidden_size).
 
         A sparse weight of a neuron with f of n inputs gets 1 / sqrt(hidden_size f / n), so that
         what the neuron sums has the variance it would have at density 1.
+
+        Args:
+            generator: to draw from; torch's default one if None.
+            names: of the matrices to draw, with their biases; None for all.
         """
         bound = 1 / math.sqrt(self.hidden_size)
-        for layer in self._matrices().values():
+        for name, layer in self._matrices().items():
+            if names is not None and name not in names:
+                continue
             if isinstance(layer, SparseLinear):
                 layer.reset_values(generator, TORCH_GAIN * math.sqrt(layer.in_features) * bound)
             else:
