@@ -6,12 +6,12 @@ import tracemalloc
 
 import pytest
 import torch
-from support import UNIT_ROUNDOFF, AllocationTracer, assert_within, integers
+from support import UNIT_ROUNDOFF, AllocationTracer, assert_within, integer_values, integers
 from torch.nn import functional
 
 from sparsekern.errors import ShapeError
 from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import cpu
+from sparsekern.ops import cpu, cpu_conv, cpu_conv_torch
 from sparsekern.ops.layout import format_of
 from sparsekern.topology import Topology
 
@@ -360,3 +360,30 @@ def test_neighbours_share_their_padding():
     assert (halved.phases, halved.length) == (4, 8 * 8 * 8)
     # one tap per pixel read: the other phases are not copied
     assert line.of(8, (14, 14), ConvGeometry((1, 1), (2, 2))).phases == 1
+
+
+def test_far_apart_taps_are_unfolded_in_bounded_windows(monkeypatch):
+    """What the compiled path holds grows with the distance of the outermost taps."""
+    t = Topology.random((512, 9 * 512), 16, sparsity=0.99, taps=9)
+    image = torch.empty(1, 512, 64, 64)
+    near, far = (ConvGeometry((3, 3), (1, 1), (d, d), (d, d)) for d in (1, 24))
+    run = [cpu_conv._plan(t, g, image)[0] for g in (near, far)]
+    jit = cpu.has_numba()
+    assert isinstance(run[0], cpu_conv_torch.Products) != jit
+    assert isinstance(run[1], cpu_conv_torch.Products)
+
+    monkeypatch.setattr(cpu_conv, "SPAN_BYTES", 0)
+    for block in (1, 16):
+        small = Topology.random((40, 9 * 20), block, sparsity=0.5, taps=9)
+        values = integer_values(small)
+        x, dy = integers(2, 20, 9, 8), integers(2, 40, 9, 8)
+        g = ConvGeometry((3, 3), (1, 1), (2, 2), (2, 2))
+        weight = small.unpack(values).view(40, 3, 3, 20).permute(0, 3, 1, 2).contiguous()
+        weight.requires_grad_()
+        leaf = x.clone().requires_grad_()
+        y = functional.conv2d(leaf, weight, None, 1, 2, 2)
+        dx, dw = torch.autograd.grad(y, (leaf, weight), dy)
+        assert torch.equal(cpu.conv2d(x, values, small, g, None), y)
+        found = cpu.conv2d_backward(dy, x, values, small, g)
+        assert torch.equal(found[0], dx)
+        assert torch.equal(found[1], small.pack(dw.permute(0, 2, 3, 1).reshape(small.shape)))

@@ -1,7 +1,9 @@
 """Sparse convolution on the CPU: which implementation runs, and the arithmetic type it runs in.
 
 The rule is that of `cpu`: with numba `cpu_conv_jit`, else `cpu_conv_torch`, which unfolds a bounded
-number of pixels at a time and takes the linear products of `cpu_blas` or `cpu_csr`. A pointwise
+number of pixels at a time and takes the linear products of `cpu_blas` or `cpu_csr`. With numba too,
+a kernel so dilated that its outermost taps lie megabytes apart is unfolded, for `cpu_jit`: what
+`cpu_conv_jit` holds grows with that distance. A pointwise
 convolution of a channels-last image is a linear map of its pixels and goes to `cpu` as such.
 float16 and bfloat16 are computed in float32 and rounded once.
 """
@@ -21,6 +23,9 @@ from sparsekern.ops.layout import format_of, image_of, pixels_of
 if TYPE_CHECKING:
     from sparsekern.topology import Topology
 
+SPAN_BYTES = 1 << 21
+"""From a kernel's first tap to its last, all channels: a chunk holds up to three times that."""
+
 
 def conv2d(x: Tensor, values: Tensor, t: Topology, g: ConvGeometry, bias: Tensor | None) -> Tensor:
     """y = x * w + bias.
@@ -37,7 +42,7 @@ def conv2d(x: Tensor, values: Tensor, t: Topology, g: ConvGeometry, bias: Tensor
     """
     if _is_linear(g, x):
         return _image(_cpu().spmm(pixels_of(x), values, t, bias), x)
-    run, kind = _plan(t, x)
+    run, kind = _plan(t, g, x)
     added = None if bias is None else bias.to(kind)
     return _like(x, run.conv2d(x.to(kind), values.to(kind), t, g, added))
 
@@ -48,7 +53,7 @@ def conv2d_dgrad(
     """dx: (N, C_out, P, Q) of any strides -> (N, C_in, *size) of dy's dtype."""
     if _is_linear(g, dy):
         return _image(_cpu().spmm_t(pixels_of(dy), values, t), dy)
-    run, kind = _plan(t, dy)
+    run, kind = _plan(t, g, dy)
     return _like(dy, run.conv2d_dgrad(dy.to(kind), values.to(kind), t, g, size=size))
 
 
@@ -57,7 +62,7 @@ def conv2d_wgrad(dy: Tensor, x: Tensor, t: Topology, g: ConvGeometry) -> Tensor:
     if _is_linear(g, x, dy):
         product: Tensor = _cpu().sddmm(pixels_of(dy), pixels_of(x), t)
         return product
-    run, kind = _plan(t, x)
+    run, kind = _plan(t, g, x)
     dw: Tensor = run.conv2d_wgrad(dy.to(kind), x.to(kind), t, g)
     return dw.to(x.dtype)
 
@@ -69,7 +74,7 @@ def conv2d_backward(
     if _is_linear(g, x, dy):
         dx, dw = _cpu().backward(pixels_of(dy), pixels_of(x), values, t)
         return _image(dx, x), dw
-    run, kind = _plan(t, x)
+    run, kind = _plan(t, g, x)
     dx, dw = run.conv2d_backward(dy.to(kind), x.to(kind), values.to(kind), t, g)
     return _like(x, dx), dw.to(values.dtype)
 
@@ -97,14 +102,18 @@ def _cpu() -> Any:
     return importlib.import_module("sparsekern.ops.cpu")
 
 
-def _plan(t: Topology, x: Tensor) -> tuple[Any, torch.dtype]:
+def _plan(t: Topology, g: ConvGeometry, image: Tensor) -> tuple[Any, torch.dtype]:
     cpu = _cpu()
-    return _module(cpu.backend_for(t, x.dtype)), cpu.compute_dtype(x.dtype)
+    name, kind = cpu.backend_for(t, image.dtype), cpu.compute_dtype(image.dtype)
+    channels = max(t.shape[0], t.shape[1] // t.taps * t.groups)
+    lines = (g.kernel[0] - 1) * g.dilation[0] // g.stride[0]
+    span = lines * (image.shape[3] + g.padding[1]) + (g.kernel[1] - 1) * g.dilation[1]
+    return _module(name, name == "jit" and channels * span * kind.itemsize <= SPAN_BYTES), kind
 
 
 @functools.cache
-def _module(name: str) -> Any:
-    if name == "jit":
+def _module(name: str, in_place: bool) -> Any:
+    if in_place:
         return importlib.import_module("sparsekern.ops.cpu_conv_jit")
     torch_only = importlib.import_module("sparsekern.ops.cpu_conv_torch")
     return torch_only.Products(importlib.import_module(f"sparsekern.ops.cpu_{name}"))

@@ -3,8 +3,9 @@
 The line of pixels (`cpu_conv_line`) is cut into chunks that fit into L2; a task is a run of chunks.
 The weight gradient is summed in a number of parts that depends on shapes alone, and the parts are
 added in order, so the number of threads changes no bit. Workspace: per thread, a chunk of x and of
-dy (about `BYTES`) and one block row of it; the parts of dw, together at most a quarter of the
-activations; a few int32 per active block. FLOPs: 2 N P Q bh bw per active block and product.
+dy (about `BYTES`, at most three times `cpu_conv.SPAN_BYTES`) and one block row of it; the parts of
+dw, together at most a quarter of the activations; a few int32 per active block. FLOPs:
+2 N P Q bh bw per active block and product.
 
 An infinite or NaN pixel may reach the weight gradient of more taps than read it: it meets the zeros
 around dy.
