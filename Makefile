@@ -48,6 +48,9 @@ lock: $(STAMP)
 # Measure this machine; results go to benchmarks/results/cpu/.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu_speed
+	$(BIN)/python -m benchmarks.cpu_conv_speed
+	$(BIN)/python -m benchmarks.cpu_network_speed
+	$(BIN)/python -m benchmarks.cpu_recurrent_speed
 	$(BIN)/python -m benchmarks.scale
 
 # Correctness and speed on this machine's GPU. No virtual environment: PYTHON must hold torch and

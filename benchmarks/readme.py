@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.cpu_speed import CASES
 from benchmarks.environment import RESULTS
+from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
 from benchmarks.roofline import H200, Device, Problem, Roofline, device_named
 
@@ -42,6 +43,61 @@ def speed(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+LAYERS = {  # in the README's table of convolutions
+    "3x3 256 @ 14": "3x3, 256, 14x14",
+    "3x3/2 128 @ 56": "3x3/2, 128, 56x56",
+    "1x1 256-64 @ 56": "1x1, 256 to 64, 56x56",
+    "3x3 32 @ 32": "3x3, 32, 32x32",
+    "3x3 64 @ 16": "3x3, 64, 16x16",
+    "3x3 128 @ 8": "3x3, 128, 8x8",
+}
+KINDS = ((32, 0.1), (16, 0.1), (1, 0.1), (1, 0.05))
+
+
+def conv(results: dict[str, Any]) -> str:
+    """A row per layer, a column per block and density."""
+    found: dict[tuple[str, int, float], float] = {}
+    for case in results["cases"]:
+        asked = min((0.1, 0.05), key=lambda d: abs(d - case["density"]))
+        found[case["layer"], case["block"], asked] = case["forward_backward"]["ratio"]
+    heads = [f"{_weights(block)}, {density}" for block, density in KINDS]
+    lines = [f"| kernel, channels, image | {' | '.join(heads)} |", "|---" * 5 + "|"]
+    for name, shown in LAYERS.items():
+        cells = [f"{found[name, block, density]:.1f}x" for block, density in KINDS]
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def network(results: dict[str, Any]) -> str:
+    """A row per way of making WRN-22-2 sparse."""
+    lines = ["| distribution | blocks | dense step | sparse step | |", "|---|---|---|---|---|"]
+    for case in results["cases"]:
+        blocks, step = " and ".join(map(str, case["blocks"])), case["step"]
+        lines.append(
+            f"| {case['distribution']} | {blocks} | {step['dense_ms']:.0f} ms | "
+            f"{step['sparse_ms']:.0f} ms | {step['ratio']:.1f}x |"
+        )
+    return "\n".join(lines)
+
+
+def recurrent(results: dict[str, Any]) -> str:
+    """A row per block and density, a column per kind of layer."""
+    found: dict[tuple[int, float], dict[str, float]] = {}
+    for case in results["cases"]:
+        asked = min((0.25, 0.1), key=lambda d: abs(d - case["density"]))
+        ratio = case["forward_backward"]["ratio"]
+        found.setdefault((case["block"], asked), {})[case["layer"]] = ratio
+    lines = ["| weights | density | GRU | LSTM | RNN |", "|---|---|---|---|---|"]
+    for (block, density), ratios in found.items():
+        cells = [f"{ratios[name]:.1f}x" for name in ("GRU", "LSTM", "RNN")]
+        lines.append(f"| {_weights(block)} | {density} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _weights(block: int) -> str:
+    return f"block {block}" if block > 1 else "unstructured"
+
+
 def scale(results: dict[str, Any]) -> str:
     """The stages of the large layer."""
     lines = ["| stage | seconds | peak memory of the process |", "|---|---|---|"]
@@ -60,6 +116,52 @@ def accuracy(results: dict[str, Any]) -> str:
         f"{row['weight_decay']:g} | {row['mean']:.2f} ± {row['std']:.2f} |"
         for row in results["rows"]
     ]
+    return "\n".join(lines)
+
+
+def conv_accuracy(results: dict[str, Any]) -> str:
+    """A row per method."""
+    lines = ["| method | test accuracy | training FLOPs |", "|---|---|---|"]
+    dense = results["rows"][0]["flops"]["training"]
+    for row in results["rows"]:
+        share = row["flops"]["training"] / dense
+        lines.append(f"| {row['method']} | {row['mean']:.2f} ± {row['std']:.2f} | {share:.2f}x |")
+    return "\n".join(lines)
+
+
+def char_lm(results: dict[str, Any]) -> str:
+    """A row per method, and the entropy that a model of single characters reaches."""
+    lines = ["| method | bits per character, held out |", "|---|---|"]
+    lines += [f"| {row['method']} | {row['mean']:.2f} |" for row in results["rows"]]
+    lines.append(f"| unigram entropy of the text | {results['text']['unigram_entropy']:.2f} |")
+    return "\n".join(lines)
+
+
+def gpu_conv(found: list[tuple[Path, dict[str, Any]]]) -> str:
+    """The 3x3 layer of 256 channels: what the model allows, and what each GPU's run found."""
+    lines = [
+        "| weights | forward: model's ceiling | measured | forward + dX + dW: model's ceiling "
+        "| measured |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [row for _, content in found for row in content["parts"].get("conv", {}).get("rows", [])]
+    for case in CONV_CASES:
+        if case.shape != CONV_CASES[0].shape or case.density != GPU_DENSITY:
+            continue
+        problem, cells = case.shape.problem(case.block, case.density, "bf16"), []
+        for operation in ("forward", "three"):
+            cells.append(f"{Roofline(H200).speedup(operation, problem):.2g}x")
+            measured_ones = [
+                f"{row['ratio']:.2g}x"
+                for row in rows
+                if row["status"] == "ok"
+                and row["operation"] == operation
+                and (row["K"], row["N"], row["edge"]) == (problem.K, problem.N, case.shape.edge)
+                and row["block"] == list(case.block)
+                and row["density"] == case.density
+            ]
+            cells.append(", ".join(measured_ones) or "not yet measured")
+        lines.append(f"| {_weights(case.block[0])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -112,17 +214,25 @@ def _from_cpu(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[],
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed": _from_cpu("speed", speed),
+    "conv": _from_cpu("conv_speed", conv),
+    "network": _from_cpu("network_speed", network),
+    "recurrent": _from_cpu("recurrent_speed", recurrent),
     "gpu": lambda: gpu(gpu_results()),
+    "gpu-conv": lambda: gpu_conv(gpu_results()),
     "scale": _from_cpu("scale", scale),
     "accuracy": _from_cpu("accuracy", accuracy),
+    "conv-accuracy": _from_cpu("conv_accuracy", conv_accuracy),
+    "char-lm": _from_cpu("char_lm", char_lm),
 }
 
 
 def filled(text: str) -> str:
     """The README's text with every table made anew from its results."""
     for name, table in TABLES.items():
-        head, _, rest = text.partition(f"<!-- {name} -->\n")
-        _, _, tail = rest.partition(f"\n<!-- /{name} -->")
+        head, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, tail = rest.partition(f"\n<!-- /{name} -->")
+        if not (begin and end):
+            raise ValueError(f"the README has no lines for a table between the marks of {name!r}")
         text = f"{head}<!-- {name} -->\n{table()}\n<!-- /{name} -->{tail}"
     return text
 

@@ -42,3 +42,11 @@ def test_named_targets_exist(target):
 def test_named_files_exist():
     for path in re.findall(r"`((?:kernels|tests|benchmarks)/[\w/]+\.(?:py|json))`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_a_table_without_its_marks_is_an_error_and_no_lost_text(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.readme import filled
+
+    with pytest.raises(ValueError, match="no lines for a table between the marks of 'conv'"):
+        filled(README.replace("\n<!-- /conv -->", "<!-- /conv -->"))

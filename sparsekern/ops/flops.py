@@ -12,21 +12,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsekern.ops import conv_library, library
-from sparsekern.topology import ARRAY_NAMES, Topology
-
-
-def product_flops(tokens: int, topology: Topology, impl: str = "cpu") -> int:
-    """FLOPs of one product with a weight over `tokens` rows of activations, or output pixels."""
-    return _product(tokens, topology.nnzb, library.parts(topology)[-1], impl)
-
-
-def grow_flops(tokens: int, topology: Topology) -> int:
-    """FLOPs of the streamed dense gradient: 2 tokens rows cols."""
-    return 2 * tokens * topology.shape[0] * topology.shape[1]
+from sparsekern.ops import conv_library
+from sparsekern.topology import ARRAY_NAMES
 
 
 def _product(tokens: int, nnzb: int, layout: Sequence[int], impl: str) -> int:
+    """FLOPs of one product with a weight over rows of activations, or output pixels."""
     rows, cols, bh, bw = layout[:4]
     weights = rows * cols if impl in ("dense", "masked") else nnzb * bh * bw
     return 2 * tokens * weights
