@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import integer_values, integers
 from torch import nn
+from torch.nn.utils import prune
 
 from sparsekern import SparseLinear, densify_, sparse_layers, sparsify_
 from sparsekern.blocks import active_count
@@ -353,7 +354,7 @@ def test_layers_that_share_a_parameter_stay_as_they_are():
 def test_layers_whose_weight_something_else_makes_stay_as_they_are():
     normed = nn.utils.weight_norm(nn.GRU(8, 8), "weight_hh_l0")
     pruned = nn.Conv2d(4, 4, 3)
-    nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    prune.l1_unstructured(pruned, "weight", 0.5)
     tied = nn.GRU(8, 8, 2)
     tied.weight_hh_l1 = tied.weight_hh_l0
     model = nn.ModuleList([nn.Linear(8, 8), normed, pruned, tied])
