@@ -85,5 +85,6 @@ class ConvGeometry:
     @staticmethod
     def from_ints(sizes: list[int]) -> ConvGeometry:
         """Inverse of `as_ints`."""
-        kh, kw, sh, sw, ph, pw, dh, dw, groups = sizes
+        # under torch.compile they come as symbols: each geometry is a graph of its own
+        kh, kw, sh, sw, ph, pw, dh, dw, groups = map(int, sizes)
         return ConvGeometry((kh, kw), (sh, sw), (ph, pw), (dh, dw), groups)

@@ -137,10 +137,8 @@ def bsr_corners():
 
 
 def csr_corners():
-    """Contiguous images: big in images, channels, rows, taps, bias."""
-    yield ConvCorner("conv_y", 1, FEW, (1, 1), WIDE, 20, ("x",))
+    """Contiguous images: big in channels, taps, images of the result, bias."""
     yield ConvCorner("conv_y", 1, 1, (2**8, 2**8), FEW, 20, ("x",))
-    yield ConvCorner("conv_y", 1, 1, (FEW, 16), 1, 20, ("x",), gap=WIDE)
     yield ConvCorner("conv_y", 1, 1, (FEW, 16), 1, 20, ("x",), _taps(FEW)[0][0], gap=WIDE)
     yield ConvCorner("conv_y", 1, 2**10 + 3, (2**8, 2**7), 20, 2**6 + 3, ("out",))
     yield ConvCorner("conv_y", 1, 1, (2**8, 2**8), 20, FEW, ("out",))

@@ -62,10 +62,9 @@ class SparseLinear(SparseLayer):
         if topology is None:
             topology = Topology.random(shape, block, sparsity=sparsity, generator=generator)
         elif topology.grid != Grid.of(shape, topology.block):
-            raise ShapeError(
-                f"`topology` must have shape {shape} in one part; got {topology.shape} in "
-                f"{topology.groups * topology.taps}"
-            )
+            parts = topology.groups * topology.taps
+            cut = f" in {parts} parts" if parts > 1 else ""
+            raise ShapeError(f"`topology` must have shape {shape}; got {topology.shape}{cut}")
         super().__init__(topology.to(device or torch.get_default_device()), impl, dtype)
         self.in_features = in_features
         self.out_features = out_features
