@@ -137,7 +137,10 @@ def bsr_corners():
 
 
 def csr_corners():
-    """Contiguous images: big in channels, taps, images of the result, bias."""
+    """Contiguous images: big in images, channels, rows, taps, bias."""
+    # few outputs: one program holds all rows, so the last one holds rows that read
+    yield ConvCorner("conv_y", 1, FEW, (1, 1), WIDE, 4, ("x",))
+    yield ConvCorner("conv_y", 1, 1, (FEW, 16), 1, 4, ("x",), gap=WIDE)
     yield ConvCorner("conv_y", 1, 1, (2**8, 2**8), FEW, 20, ("x",))
     yield ConvCorner("conv_y", 1, 1, (FEW, 16), 1, 20, ("x",), _taps(FEW)[0][0], gap=WIDE)
     yield ConvCorner("conv_y", 1, 2**10 + 3, (2**8, 2**7), 20, 2**6 + 3, ("out",))
