@@ -47,3 +47,7 @@ class RankMismatchError(SparseKernError, RuntimeError):
 
 class DataError(SparseKernError, ValueError):
     """A data file or folder is missing or damaged."""
+
+
+class ModelError(SparseKernError, RuntimeError):
+    """A model fails on the inputs it was given."""

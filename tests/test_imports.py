@@ -25,6 +25,7 @@ LAYERS = [
         "sparsekern.accounting",
         "sparsekern.config",
         "sparsekern.data",
+        "sparsekern.examples",
         "sparsekern.idx",
         "sparsekern.models",
         "sparsekern.network",

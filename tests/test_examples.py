@@ -1,0 +1,41 @@
+"""Example inputs: how they are passed on, what is recorded, and which layer is blamed."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekern import examples
+from sparsekern.errors import ModelError
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, a, b):
+        return self.first(a) + self.second(b) + self.first(b)
+
+
+@pytest.mark.parametrize(
+    "given", [(torch.ones(2, 3), torch.ones(2, 3)), {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}]
+)
+def test_calls_are_recorded_by_name(given):
+    model = Sum()
+    calls = examples.recorded(model, given, lambda m: isinstance(m, nn.Linear))
+    assert {name: len(own) for name, own in calls.items()} == {"first": 2, "second": 1}
+    assert calls["second"][0].args[0].shape == (2, 3)
+    assert calls["second"][0].output.shape == (2, 4)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_innermost_layer_that_fails_is_named():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
+    with pytest.raises(ModelError, match=r"layer '1\.1' \(Linear\) got \(float32\(2, 5\)\) and"):
+        examples.run(model, torch.ones(2, 3))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_wrong_arguments_of_the_model_itself():
+    with pytest.raises(ModelError, match=r"\(Sum\) got .*TypeError"):
+        examples.run(Sum(), torch.ones(2, 3))
