@@ -25,6 +25,7 @@ LAYERS = [
         "sparsekern.accounting",
         "sparsekern.config",
         "sparsekern.data",
+        "sparsekern.example_options",
         "sparsekern.examples",
         "sparsekern.idx",
         "sparsekern.models",
