@@ -87,20 +87,31 @@ def chunked(p, what):
     return True
 
 
-def whole(p, what):
-    """Images that need no copy are not taken apart, however many: one launch."""
-    before, launch.CHUNK_ELEMENTS = launch.CHUNK_ELEMENTS, 1
-    launches = []
+def launched(p, what, bound):
+    """Images of each launch under a bound on what is copied for one; None if the answer is wrong."""
+    before, launch.CHUNK_ELEMENTS = launch.CHUNK_ELEMENTS, bound
+    images = []
     module, name = LAUNCHERS[p.case.block == (1, 1)]
     # where the launcher looks it up: a mutant's is another module than the one it stands in for
     names = getattr(module, module.__name__.rpartition(".")[2]).__globals__
     copy = names[name]
     try:
-        names[name] = lambda a: launches.append(len(a)) or copy(a)
-        return right(p, what) and launches == [p.case.batch]
+        names[name] = lambda a: images.append(len(a)) or copy(a)
+        return images if right(p, what) else None
     finally:
         launch.CHUNK_ELEMENTS = before
         names[name] = copy
+
+
+def whole(p, what):
+    """Images that need no copy are not taken apart, however many: one launch."""
+    return launched(p, what, 1) == [p.case.batch]
+
+
+def by_pairs(p, what):
+    """What is copied for a launch, in and out, keeps to the bound: two images and one here."""
+    o = operands_of(p)
+    return launched(p, what, 2 * (o.x[0].numel() + o.dy[0].numel())) == [2, 1]
 
 
 LAUNCHERS = {False: (bsr_conv2d, "channels_adjacent"), True: (csr_conv2d, "columns_adjacent")}
@@ -129,13 +140,21 @@ def apart(p, what):
     linked = o.pattern.dense(torch.ones(o.values.shape)).sum((2, 3)) > 0  # (C_out, C_in / groups)
     if what == "y":
         o.x[:, 0] = float("inf")
-        alone = torch.ones(p.case.n_out, dtype=torch.bool)
-        alone[: len(linked) // groups] = ~linked[: len(linked) // groups, 0]
+        alone = ~linked[: len(linked) // groups, 0]
     else:
         o.dy[:, 0] = float("inf")
-        alone = torch.ones(p.case.n_in, dtype=torch.bool)
-        alone[: linked.shape[1]] = ~linked[0]
-    made = got(p, what, o)
+        alone = ~linked[0]
+    made = got(p, what, o)[:, : len(alone)]  # of the first group, which the channel belongs to
+    return bool(alone.any()) and bool(made[:, alone].isfinite().all())
+
+
+def apart_from_a_weight(p, what):
+    """An infinite weight reaches only what it connects."""
+    o = operands_of(p)
+    o.values[0] = float("inf")
+    reached = o.pattern.dense(torch.arange(len(o.values)).view(-1, 1, 1) == 0) > 0
+    made = got(p, what, o)[:, : reached.shape[0 if what == "y" else 1]]
+    alone = ~reached.any(1).flatten(1).any(1) if what == "y" else ~reached.any(0).flatten(1).any(1)
     return bool(alone.any()) and bool(made[:, alone].isfinite().all())
 
 
@@ -155,7 +174,7 @@ TINY = problem((16, 16), 18, 17, (3, 4), layout="strided")
 MIXED = problem((16, 32), 2 * 18, 2 * 35, (5, 4), ODD, layout="channels")
 MIXED_HALF = problem((32, 16), 2 * 35, 2 * 18, (5, 4), ODD, dtype=HALF)
 TURN_HALF = problem((16, 16), 2 * 33, 2 * 18, (4, 7), TURNED, 3, dtype=HALF, layout="nchw")
-LONG = problem((16, 16), 20, 16, (9, 9), window(1, padding=1), 5, "full", bias=False)
+LONG = problem((16, 16), 20, 16, (9, 9), window(1, padding=1), 7, "full", bias=False)
 MANY_TAPS = problem((16, 16), 17, 16, (4, 5), window((3, 5), padding=(1, 2)), 1, "full")
 ROUGH = problem((16, 16), 16, 60, (3, 3), window(3), 1, "full", exact=False)
 ROUGH_HALF = problem((64, 32), 66, 90, (3, 3), window(3), 1, "full", exact=False, dtype=HALF)
@@ -177,6 +196,7 @@ def csr(p, n_out, n_in):
 CSR_TINY, CSR_MIXED = csr(TINY, 5, 3), csr(MIXED, 2 * 9, 2 * 5)
 CSR_TURN, CSR_LONG = csr(TURN_HALF, 2 * 5, 2 * 10), csr(LONG, 19, 18)
 CSR_ROUGH, CSR_COPIED = csr(ROUGH, 3, 40), csr(COPIED, 5, 4)
+CSR_APART = csr(problem((1, 1), 1, 1, (3, 4), window((1, 2), groups=2)), 2 * 9, 2 * 5)
 CSR_LAST = CSR_COPIED._replace(case=CSR_COPIED.case._replace(layout="nhwc"))
 CSR_PARTS = csr(PARTS, 3, 4)._replace(case=csr(PARTS, 3, 4).case._replace(batch=60))
 
@@ -188,6 +208,7 @@ KILLERS = {
         (turned, TINY, "dx"),
         *((check, COPIED, w) for check in (right, chunked) for w in ("y", "dx")),
         (whole, COPIED._replace(case=COPIED.case._replace(layout="nhwc")), "y"),
+        (by_pairs, COPIED, "y"),
         *((chunked, COPIED_BACK, w) for w in ("y", "dx")),
         *((right, p, w) for p in (LONG, ROUGH, ROUGH_HALF) for w in ("y", "dx")),
     ],
@@ -201,7 +222,7 @@ KILLERS = {
     "csr_conv2d": [
         *((right, p, w) for p in (CSR_TINY, CSR_MIXED, CSR_TURN) for w in ("y", "dx")),
         *((right, csr(p, 4, 3), w) for p in (POINT, EMPTY, NOTHING) for w in ("y", "dx")),
-        *((apart, CSR_MIXED, w) for w in ("y", "dx")),
+        *((check, CSR_APART, w) for check in (apart, apart_from_a_weight) for w in ("y", "dx")),
         (right, csr(SPARSE_PHASES, 3, 4), "dx"),
         (turned, CSR_TINY, "dx"),
         *((check, CSR_LAST, w) for check in (right, chunked) for w in ("y", "dx")),

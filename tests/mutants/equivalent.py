@@ -287,7 +287,36 @@ EQUIVALENT = (
         for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
     ),
     Equivalent("bsr_conv2d_wgrad", "constant", "0", "1", NO_SHAPE, "dw.numel() == 0"),
+    # bsr_conv2d
+    *(
+        Equivalent(
+            function, "other dropped", f"tl.load({name}_ptr + t, mask={live}, other=0)", None, why
+        )
+        for function, name, live, why in (
+            ("_bsr_conv2d_kernel", "index", "t < hi", NOT_LOADED),
+            ("_bsr_conv2d_dgrad_kernel", "index", "i < total", NOT_LOADED),
+            ("_bsr_conv2d_dgrad_kernel", "perm", "i < total", NOT_LOADED),
+        )
+    ),
+    Equivalent("bsr_conv2d_dgrad", "name swapped", "min", "max", CHOICE, "TAPS_AT_ONCE"),
     # csr_conv2d
+    Equivalent(
+        "_csr_conv2d_kernel",
+        "other dropped",
+        "tl.load(order_ptr + rank, mask=in_o, other=0)",
+        None,
+        NOT_LOADED,
+    ),
+    *(
+        Equivalent(
+            "_csr_conv2d_kernel",
+            "mask dropped",
+            f"tl.load(start_ptr + {at}, mask=in_o, other=0)",
+            None,
+            "lanes beyond the last channel read row 0, which exists",
+        )
+        for at in ("o", "o + 1")
+    ),
     *(
         Equivalent(
             function,
