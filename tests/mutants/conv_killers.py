@@ -88,7 +88,7 @@ def chunked(p, what):
 
 
 def launched(p, what, bound):
-    """Images of each launch under a bound on what is copied for one; None if the answer is wrong."""
+    """Images of each launch under a bound on what is copied; None if the answer is wrong."""
     before, launch.CHUNK_ELEMENTS = launch.CHUNK_ELEMENTS, bound
     images = []
     module, name = LAUNCHERS[p.case.block == (1, 1)]
