@@ -24,6 +24,7 @@ LAYERS = [
     (
         "sparsekern.accounting",
         "sparsekern.config",
+        "sparsekern.counters",
         "sparsekern.data",
         "sparsekern.example_options",
         "sparsekern.examples",
@@ -31,6 +32,7 @@ LAYERS = [
         "sparsekern.models",
         "sparsekern.network",
         "sparsekern.picture",
+        "sparsekern.planning",
         "sparsekern.progress",
         "sparsekern.report",
         "sparsekern.training",

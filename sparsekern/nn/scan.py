@@ -65,6 +65,11 @@ def scan(
         for layer, recipe in zip(layers, recipes, strict=True)
     ]
     plan = _Plan(kind, tuple(sizes), reverse, weights, keep)
+    if torch.jit.is_tracing():  # the tracer can't enter an autograd function
+        states, rest = tensors[2 : 2 + len(state)], tensors[2 + len(state) :]
+        with _bare(inputs):
+            kept, final = _forward(plan._replace(keep=False), inputs, recipes[0].bias, states, rest)
+        return kept[0], *final
     result: tuple[Tensor, ...] = _Scan.apply(plan, *tensors)  # type: ignore[no-untyped-call]
     return result
 

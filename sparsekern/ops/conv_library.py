@@ -40,6 +40,8 @@ def conv_parts(
 ) -> tuple[Any, ...]:
     """Topology and geometry as operator arguments."""
     *arrays, sizes = parts(topology)
+    if torch.jit.is_tracing():  # the tracer, whose sizes are tensors, takes plain ints only
+        height, width = int(height), int(width)
     return *arrays, [*sizes, *geometry.as_ints(), height, width]
 
 

@@ -1,7 +1,12 @@
 """FLOPs that the operators execute, as `torch.utils.flop_counter` sees them.
 
 1 multiply-add = 2 FLOPs. Blocks count whole, padding included, because that is what is executed;
-the `dense` and `masked` implementations count as the dense products they are.
+the `dense` and `masked` implementations count as the dense products they are. A convolution counts
+every weight for every output pixel, those taps included that fall outside of the image: kernels
+multiply by the zeros there.
+
+The kernels are opaque to every tracer, since they run inside these operators: `torch.compile` never
+sees a launch that the counter would have to know of, or could leave out.
 """
 
 from __future__ import annotations
@@ -24,6 +29,20 @@ def _product(tokens: int, nnzb: int, layout: Sequence[int], impl: str) -> int:
 
 
 _ops = torch.ops.sparsekern
+
+OPERATORS = (
+    "spmm",
+    "spmm_t",
+    "sddmm",
+    "sddmm_add",
+    "spmm_backward",
+    "grow_scores",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "conv2d_backward",
+)
+"""Operators of the namespace `sparsekern` that have a formula: all that multiply."""
 
 
 @register_flop_formula(_ops.spmm)
