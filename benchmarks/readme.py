@@ -16,7 +16,7 @@ from benchmarks.cpu_speed import CASES
 from benchmarks.environment import RESULTS
 from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
-from benchmarks.roofline import H200, Device, Problem, Roofline, device_named
+from sparsekern.planning.roofline import H200, Device, Problem, Roofline, device_named
 
 README = Path(__file__).parent.parent / "README.md"
 GPU_BLOCKS = (128, 64, 32, 16, 1)

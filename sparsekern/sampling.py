@@ -52,14 +52,34 @@ def _regions(grid: Grid) -> list[_Region]:
     return sorted(regions, key=lambda region: -region.area)
 
 
+def block_counts(grid: Grid, target: int) -> tuple[int, int]:
+    """How many blocks `sample_blocks` draws, and the weights in them, padding left out."""
+    regions = _regions(grid)
+    counts = _counts(grid, regions, target)
+    return sum(counts), sum(n * region.area for n, region in zip(counts, regions, strict=True))
+
+
 def sample_blocks(grid: Grid, target: int, generator: torch.Generator | None = None) -> Tensor:
     """Blocks holding `target` weights to within one block, uniformly: sorted flat positions.
 
     Ragged edge blocks hold fewer weights than others. Each kind of block gets its share of the
     target, and a last block is added where it brings the total closer. At least one is drawn.
     """
-    regions, parts = _regions(grid), grid.groups * grid.taps
-    size, totals = grid.shape[0] * grid.shape[1], [parts * r.rows * r.cols for r in regions]
+    regions = _regions(grid)
+    drawn = [
+        _positions(grid, region, sample_sorted(n, _total(grid, region), generator))
+        for n, region in zip(_counts(grid, regions, target), regions, strict=True)
+    ]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn).sort().values
+
+
+def _total(grid: Grid, region: _Region) -> int:
+    return grid.groups * grid.taps * region.rows * region.cols
+
+
+def _counts(grid: Grid, regions: list[_Region], target: int) -> list[int]:
+    """Blocks to draw of each region."""
+    size, totals = grid.shape[0] * grid.shape[1], [_total(grid, region) for region in regions]
     counts = [target * total // size for total in totals]
     missing = target - sum(n * region.area for n, region in zip(counts, regions, strict=True))
     for i, region in enumerate(regions):
@@ -68,11 +88,7 @@ def sample_blocks(grid: Grid, target: int, generator: torch.Generator | None = N
         missing -= extra * region.area
     if not any(counts):
         counts[0] = 1
-    drawn = [
-        _positions(grid, region, sample_sorted(n, total, generator))
-        for n, region, total in zip(counts, regions, totals, strict=True)
-    ]
-    return drawn[0] if len(drawn) == 1 else torch.cat(drawn).sort().values
+    return counts
 
 
 def _positions(grid: Grid, region: _Region, local: Tensor) -> Tensor:

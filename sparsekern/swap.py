@@ -30,8 +30,17 @@ DEFAULT_EXCLUDE = ("*lm_head", "*embed_out", "*output_projection")
 INITS = ("sparse", "keep", None)
 
 
-class _Target(NamedTuple):
-    """A weight to make sparse: its name, the module that holds it, and what becomes of it."""
+class Target(NamedTuple):
+    """A weight to make sparse: its name, the module that holds it, and what becomes of it.
+
+    Attributes:
+        name: of the weight, such as "rnn.hh_l0"; of a layer with one weight, the layer's.
+        owner: name of the module.
+        module: what holds it.
+        weight: shape and parts.
+        sparsity: its share.
+        block: its block.
+    """
 
     name: str
     owner: str
@@ -100,12 +109,12 @@ def sparsify_(
             f"{SPARSE_TYPES[type(model)].__name__}.from_dense"
         )
     first_stays = distribution == "uniform"
-    candidates = _candidates(model, filter_fn, exclude, first_conv_stays=first_stays)
-    if not candidates:
+    found = candidates(model, filter_fn, exclude, first_conv_stays=first_stays)
+    if not found:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
         raise ConfigError(f"`model` has no layer left to make sparse ({kinds})")
-    known = [target.name for target in _all_targets(model)]
-    targets = _with_sparsity(candidates, sparsity, distribution, known)
+    known = [target.name for target in all_targets(model)]
+    targets = _with_sparsity(found, sparsity, distribution, known)
     targets = _with_blocks(targets, block, known)
     for target in targets:
         _check_cut(target)
@@ -144,14 +153,19 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def _candidates(
+def candidates(
     model: nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None,
     exclude: Sequence[Pattern],
     *,
     first_conv_stays: bool,
-) -> list[_Target]:
-    targets = _all_targets(model)
+) -> list[Target]:
+    """The weights that `sparsify_` would share its sparsity out to, with these arguments of it.
+
+    Raises:
+        ConfigError: an `exclude` pattern matches nothing.
+    """
+    targets = all_targets(model)
     for pattern in [exclude] if isinstance(exclude, str | re.Pattern) else exclude:
         names = dict.fromkeys([n for n, _ in model.named_modules()] + [t.name for t in targets])
         hits = [name for name in names if _matches(pattern, name)]
@@ -171,9 +185,10 @@ def _candidates(
     ]
 
 
-def _all_targets(model: nn.Module) -> list[_Target]:
+def all_targets(model: nn.Module) -> list[Target]:
+    """Every weight of the model that has a sparse counterpart."""
     return [
-        _Target(f"{name}.{own}" if own else name, name, module, weight)
+        Target(f"{name}.{own}" if own else name, name, module, weight)
         for name, module in model.named_modules()
         for own, weight in weights_of(module).items()
     ]
@@ -198,8 +213,8 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _with_sparsity(
-    targets: list[_Target], sparsity: float, distribution: Distribution, known: Sequence[str]
-) -> list[_Target]:
+    targets: list[Target], sparsity: float, distribution: Distribution, known: Sequence[str]
+) -> list[Target]:
     """Those that get a share above 0."""
     if isinstance(distribution, str):
         shapes = {t.name: tuple(t.weight.parameter.shape) for t in targets}
@@ -219,7 +234,7 @@ def _with_sparsity(
     return [target for target in checked if target.sparsity > 0]
 
 
-def _with_blocks(targets: list[_Target], block: Blocks, known: Sequence[str]) -> list[_Target]:
+def _with_blocks(targets: list[Target], block: Blocks, known: Sequence[str]) -> list[Target]:
     if isinstance(block, Mapping):
         blocks = _by_pattern("block", block, targets, 1, known)
     elif callable(block):
@@ -233,7 +248,7 @@ def _with_blocks(targets: list[_Target], block: Blocks, known: Sequence[str]) ->
 def _by_pattern(
     argument: str,
     values: Mapping[Pattern, Any],
-    targets: list[_Target],
+    targets: list[Target],
     default: Any,
     known: Sequence[str],
 ) -> dict[str, Any]:
@@ -250,7 +265,7 @@ def _by_pattern(
     }
 
 
-def _check_cut(target: _Target) -> None:
+def _check_cut(target: Target) -> None:
     """The block fits the weight, and there are blocks for all groups."""
     if is_depthwise(target.module):
         raise ConfigError(f"layer {target.name!r} is a depthwise convolution: leave it dense")
@@ -268,7 +283,7 @@ def _check_cut(target: _Target) -> None:
 
 
 def _converted(
-    targets: list[_Target],
+    targets: list[Target],
     init: str | None,
     impl: str | None,
     generator: torch.Generator | None,
@@ -282,7 +297,7 @@ def _converted(
     return layer
 
 
-def _topology(target: _Target, init: str | None, generator: torch.Generator | None) -> Topology:
+def _topology(target: Target, init: str | None, generator: torch.Generator | None) -> Topology:
     weight = target.weight
     if init == "keep":
         return topology_of_largest(

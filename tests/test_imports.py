@@ -33,6 +33,7 @@ LAYERS = [
         "sparsekern.network",
         "sparsekern.picture",
         "sparsekern.planning",
+        "sparsekern.planning",
         "sparsekern.progress",
         "sparsekern.report",
         "sparsekern.training",

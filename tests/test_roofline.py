@@ -1,15 +1,8 @@
 """The roofline model gives the numbers that were worked out by hand from the traffic laws."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks.roofline import OPERATIONS, Problem, Roofline, Tile, device_named  # noqa: E402
+from sparsekern.planning.roofline import OPERATIONS, Problem, Roofline, Tile, device_named
 
 MODEL = Roofline()
 SMALL = Roofline(tile=Tile(tokens=128))

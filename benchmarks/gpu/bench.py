@@ -10,7 +10,14 @@ import torch
 from benchmarks.gpu.cases import Block, Operands, Plan, Shape, operands, random_topology
 from benchmarks.gpu.correctness import Gate, Row, is_exact, short
 from benchmarks.gpu.timing import Clock, CudaClock, HostClock
-from benchmarks.roofline import OPERATIONS, Prediction, Problem, Roofline, Total, device_named
+from sparsekern.planning.roofline import (
+    OPERATIONS,
+    Prediction,
+    Problem,
+    Roofline,
+    Total,
+    device_named,
+)
 
 
 @dataclass

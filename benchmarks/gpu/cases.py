@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.roofline import Problem
 from sparsekern import Topology
+from sparsekern.planning.roofline import Problem
 
 Block = tuple[int, int]
 

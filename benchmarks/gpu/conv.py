@@ -19,9 +19,9 @@ from benchmarks.gpu.cases import DTYPES, Block, integers_like, poisoned, precisi
 from benchmarks.gpu.correctness import Row, difference, short
 from benchmarks.gpu.speed import Runs, with_three
 from benchmarks.gpu.timing import take_turns
-from benchmarks.roofline import OPERATIONS, Problem
 from sparsekern import Topology, ops
 from sparsekern.geometry import ConvGeometry
+from sparsekern.planning.roofline import OPERATIONS, Problem
 
 
 @dataclass(frozen=True)

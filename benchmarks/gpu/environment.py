@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCES = ("kernels", "sparsekern", "benchmarks/gpu", "benchmarks/roofline.py")
+SOURCES = ("kernels", "sparsekern", "benchmarks/gpu")
 SMI_FIELDS = (
     "driver_version",
     "clocks.sm",

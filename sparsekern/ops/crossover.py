@@ -3,9 +3,9 @@
 Used by `impl=None` alone. A layer above its entry computes from a dense weight that lives as long
 as the operator; storage, gradient and optimizer state stay sparse, and its FLOPs count as dense.
 
-The figures come from the traffic model in `benchmarks/roofline.py`, with a margin of about a fifth
-for what a kernel loses to its start and its end; a measured run replaces them. Smaller blocks
-fetch activations more often for each FLOP, so they lose to dense products earlier.
+The figures come from the traffic model in `sparsekern/planning/roofline.py`, with a margin of about
+a fifth for what a kernel loses to its start and its end; a measured run replaces them. Smaller
+blocks fetch activations more often for each FLOP, so they lose to dense products earlier.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from sparsekern.errors import ConfigError
+
 OPERATIONS = ("forward", "dx", "dw")
 WGMMA_ROWS = 64  # rows of one wgmma, and the fewest that reach the tensor cores' full rate
 MAX_WGMMA_COLS = 256
@@ -179,7 +181,7 @@ class Roofline:
         if operation == "grow":
             return self._grow(problem)
         if operation not in OPERATIONS:
-            raise ValueError(f"operation must be grow or one of {OPERATIONS}; got {operation!r}")
+            raise ConfigError(f"operation must be grow or one of {OPERATIONS}; got {operation!r}")
         hbm = self._bytes(problem) / self.device.hbm
         if problem.block == (1, 1):
             rate = min(self.device.csr_flops, self.device.flops[problem.kind])
