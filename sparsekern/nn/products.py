@@ -56,7 +56,7 @@ class _Sparse:
         self.parts = *arrays, layout
         self.impl = impl
         self.topology = library.topology_of(*self.parts)
-        watched = _get_current_dispatch_mode() is not None or torch.jit.is_tracing()
+        watched = _get_current_dispatch_mode() is not None or library.is_traced()
         self.kernels = None if watched else backend(impl)
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.gates import KINDS
 from sparsekern.nn.products import Product, recipe_of
 from sparsekern.ops import capture
+from sparsekern.ops.library import is_traced
 
 
 def scan(
@@ -65,10 +66,10 @@ def scan(
         for layer, recipe in zip(layers, recipes, strict=True)
     ]
     plan = _Plan(kind, tuple(sizes), reverse, weights, keep)
-    if torch.jit.is_tracing():  # the tracer can't enter an autograd function
-        states, rest = tensors[2 : 2 + len(state)], tensors[2 + len(state) :]
+    if is_traced():  # the tracer can't enter an autograd function
+        held = [t for recipe in recipes for t in recipe.tensors]
         with _bare(inputs):
-            kept, final = _forward(plan._replace(keep=False), inputs, recipes[0].bias, states, rest)
+            kept, final = _forward(plan._replace(keep=False), inputs, recipes[0].bias, state, held)
         return kept[0], *final
     result: tuple[Tensor, ...] = _Scan.apply(plan, *tensors)  # type: ignore[no-untyped-call]
     return result

@@ -23,6 +23,7 @@ from sparsekern.ops.library import (
     define,
     differentiate,
     gradient_functions,
+    is_traced,
     keep,
     parts,
     restore,
@@ -40,7 +41,7 @@ def conv_parts(
 ) -> tuple[Any, ...]:
     """Topology and geometry as operator arguments."""
     *arrays, sizes = parts(topology)
-    if torch.jit.is_tracing():  # the tracer, whose sizes are tensors, takes plain ints only
+    if is_traced():  # the tracer, whose sizes are tensors, takes plain ints only
         height, width = int(height), int(width)
     return *arrays, [*sizes, *geometry.as_ints(), height, width]
 

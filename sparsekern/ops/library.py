@@ -25,6 +25,7 @@ _COL, _LAYOUT = 1, len(ARRAY_NAMES)  # places among the trailing arguments
 NO_GRADS = [None] * (len(ARRAY_NAMES) + 2)
 _make_library: Any = torch.library.Library  # untyped in torch
 _LIBRARY = _make_library("sparsekern", "DEF")
+_jit: Any = torch.jit  # untyped likewise
 
 
 def parts(topology: Topology) -> tuple[Any, ...]:
@@ -38,6 +39,11 @@ def topology_of(*parts: Any) -> Topology:
     rows, cols, bh, bw, groups, taps = layout[:6]
     named: dict[str, Any] = dict(zip(ARRAY_NAMES, arrays, strict=True))
     return Topology((rows, cols), (bh, bw), **named, groups=groups, taps=taps)
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` follows what is called now."""
+    return bool(_jit.is_tracing())
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
