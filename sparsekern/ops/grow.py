@@ -112,7 +112,8 @@ def linear_slabs(dys: Sequence[Tensor], xs: Sequence[Tensor]) -> Slabs:
         first, *others = (_wide(dy[:, rows]) for dy in dys)
         total = first.t() @ wide[0]
         for dy, x in zip(others, wide[1:], strict=True):
-            total.addmm_(dy.t(), x)
+            # in place, but as `total.addmm_` a counter of FLOPs would not know it
+            torch.addmm(total, dy.t(), x, out=total)
         return total
 
     return slab
