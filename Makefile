@@ -9,11 +9,13 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 EXTRAS ?= dev
 WORKERS ?= 2
+BENCH ?=
+DATA ?=
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 GPU_OUT ?= runs/gpu
 
-.PHONY: demo test check aot lock bench gpu clean
+.PHONY: demo test check aot lock bench bench-quick end-to-end scale readme gpu clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,13 +47,27 @@ aot: $(STAMP)
 lock: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m tests.aot.lock
 
-# Measure this machine; results go to benchmarks/results/cpu/.
+# Measure this machine: benchmarks/results/cpu/suite.json. A part of it goes to runs/bench.json:
+# make bench BENCH="--only linear" or BENCH="-k dw".
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.cpu_speed
-	$(BIN)/python -m benchmarks.cpu_conv_speed
-	$(BIN)/python -m benchmarks.cpu_network_speed
-	$(BIN)/python -m benchmarks.cpu_recurrent_speed
+	$(BIN)/python -m benchmarks.suite $(BENCH)
+
+# Tiny cases, which show that the suite works and measure nothing.
+bench-quick: $(STAMP)
+	$(BIN)/python -m benchmarks.suite --quick
+
+# Whole networks, dense, masked and sparse side by side: benchmarks/results/cpu/end_to_end.json.
+# DATA=DIR takes Fashion-MNIST from that folder.
+end-to-end: $(STAMP)
+	$(BIN)/python -m benchmarks.end_to_end $(if $(DATA),--data-dir $(DATA))
+
+# A 65,536 x 65,536 layer.
+scale: $(STAMP)
 	$(BIN)/python -m benchmarks.scale
+
+# Fill the README's tables and draw its figures from the results.
+readme: $(STAMP)
+	$(BIN)/python -m benchmarks.readme
 
 # Correctness and speed on this machine's GPU. No virtual environment: PYTHON must hold torch and
 # triton already. Goes on where it stopped; GPU_OUT=benchmarks/results/NAME feeds the README.

@@ -1,4 +1,4 @@
-"""Fill the README's tables from benchmarks/results/cpu/*.json and, if any, a GPU's speed.json.
+"""Fill the README's tables from benchmarks/results/, and draw its figures.
 
     python -m benchmarks.readme
 
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_speed import CASES
+from benchmarks import cpu_tables
+from benchmarks.cpu_tables import from_json, from_suite, weights
 from benchmarks.environment import RESULTS
 from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
@@ -21,81 +22,6 @@ from sparsekern.planning.roofline import H200, Device, Problem, Roofline, device
 README = Path(__file__).parent.parent / "README.md"
 GPU_BLOCKS = (128, 64, 32, 16, 1)
 GPU_DENSITY = 0.1
-
-
-def speed(results: dict[str, Any]) -> str:
-    """A row per block and density, a column per layer."""
-    cases: dict[tuple[int, float], dict[int, dict[str, Any]]] = {}
-    for case in results["cases"]:
-        # whole blocks miss the density asked for by a little
-        asked = min({density for _, density, _ in CASES}, key=lambda d: abs(d - case["density"]))
-        key = case["block"], asked
-        cases.setdefault(key, {})[case["shape"][0]] = case
-    lines = [
-        "| weights | density | weights, gradient, AdamW, indices | 1024 x 1024 | 4096 x 1024 |",
-        "|---|---|---|---|---|",
-    ]
-    for (block, density), by_rows in cases.items():
-        name = f"block {block}" if block > 1 else "unstructured"
-        held = density * (16 + 12 / block**2) / 16
-        times = [f"{by_rows[n]['forward_backward']['ratio']:.1f}x" for n in (1024, 4096)]
-        lines.append(f"| {name} | {density} | {held:.3f}x | {times[0]} | {times[1]} |")
-    return "\n".join(lines)
-
-
-LAYERS = {  # in the README's table of convolutions
-    "3x3 256 @ 14": "3x3, 256, 14x14",
-    "3x3/2 128 @ 56": "3x3/2, 128, 56x56",
-    "1x1 256-64 @ 56": "1x1, 256 to 64, 56x56",
-    "3x3 32 @ 32": "3x3, 32, 32x32",
-    "3x3 64 @ 16": "3x3, 64, 16x16",
-    "3x3 128 @ 8": "3x3, 128, 8x8",
-}
-KINDS = ((32, 0.1), (16, 0.1), (1, 0.1), (1, 0.05))
-
-
-def conv(results: dict[str, Any]) -> str:
-    """A row per layer, a column per block and density."""
-    found: dict[tuple[str, int, float], float] = {}
-    for case in results["cases"]:
-        asked = min((0.1, 0.05), key=lambda d: abs(d - case["density"]))
-        found[case["layer"], case["block"], asked] = case["forward_backward"]["ratio"]
-    heads = [f"{_weights(block)}, {density}" for block, density in KINDS]
-    lines = [f"| kernel, channels, image | {' | '.join(heads)} |", "|---" * 5 + "|"]
-    for name, shown in LAYERS.items():
-        cells = [f"{found[name, block, density]:.1f}x" for block, density in KINDS]
-        lines.append(f"| {shown} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def network(results: dict[str, Any]) -> str:
-    """A row per way of making WRN-22-2 sparse."""
-    lines = ["| distribution | blocks | dense step | sparse step | |", "|---|---|---|---|---|"]
-    for case in results["cases"]:
-        blocks, step = " and ".join(map(str, case["blocks"])), case["step"]
-        lines.append(
-            f"| {case['distribution']} | {blocks} | {step['dense_ms']:.0f} ms | "
-            f"{step['sparse_ms']:.0f} ms | {step['ratio']:.1f}x |"
-        )
-    return "\n".join(lines)
-
-
-def recurrent(results: dict[str, Any]) -> str:
-    """A row per block and density, a column per kind of layer."""
-    found: dict[tuple[int, float], dict[str, float]] = {}
-    for case in results["cases"]:
-        asked = min((0.25, 0.1), key=lambda d: abs(d - case["density"]))
-        ratio = case["forward_backward"]["ratio"]
-        found.setdefault((case["block"], asked), {})[case["layer"]] = ratio
-    lines = ["| weights | density | GRU | LSTM | RNN |", "|---|---|---|---|---|"]
-    for (block, density), ratios in found.items():
-        cells = [f"{ratios[name]:.1f}x" for name in ("GRU", "LSTM", "RNN")]
-        lines.append(f"| {_weights(block)} | {density} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _weights(block: int) -> str:
-    return f"block {block}" if block > 1 else "unstructured"
 
 
 def scale(results: dict[str, Any]) -> str:
@@ -161,7 +87,7 @@ def gpu_conv(found: list[tuple[Path, dict[str, Any]]]) -> str:
                 and row["density"] == case.density
             ]
             cells.append(", ".join(measured_ones) or "not yet measured")
-        lines.append(f"| {_weights(case.block[0])} | {' | '.join(cells)} |")
+        lines.append(f"| {weights(case.block[0])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -208,21 +134,18 @@ def gpu_results() -> list[tuple[Path, dict[str, Any]]]:
     return [(path, content) for path, content in contents if not content["dry"]]
 
 
-def _from_cpu(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
-    return lambda: table(json.loads((RESULTS / "cpu" / f"{name}.json").read_text()))
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "speed": _from_cpu("speed", speed),
-    "conv": _from_cpu("conv_speed", conv),
-    "network": _from_cpu("network_speed", network),
-    "recurrent": _from_cpu("recurrent_speed", recurrent),
+    "figures": cpu_tables.figures,
+    "speed": from_suite(cpu_tables.linear),
+    "conv": from_suite(cpu_tables.conv),
+    "recurrent": from_suite(cpu_tables.recurrent),
+    "end-to-end": from_json("end_to_end", cpu_tables.end_to_end),
     "gpu": lambda: gpu(gpu_results()),
     "gpu-conv": lambda: gpu_conv(gpu_results()),
-    "scale": _from_cpu("scale", scale),
-    "accuracy": _from_cpu("accuracy", accuracy),
-    "conv-accuracy": _from_cpu("conv_accuracy", conv_accuracy),
-    "char-lm": _from_cpu("char_lm", char_lm),
+    "scale": from_json("scale", scale),
+    "accuracy": from_json("accuracy", accuracy),
+    "conv-accuracy": from_json("conv_accuracy", conv_accuracy),
+    "char-lm": from_json("char_lm", char_lm),
 }
 
 
@@ -238,4 +161,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
+    cpu_tables.draw_figures()
     README.write_text(filled(README.read_text()))

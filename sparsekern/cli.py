@@ -1,7 +1,7 @@
 """The command line.
 
 `sparsekern train` compares sparse training methods with dense training; `sparsekern tune` measures
-launch configurations on the present GPU.
+launch configurations on the present GPU; `sparsekern bench` compares and draws benchmark results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import sparsekern
 from sparsekern import picture, report
 from sparsekern.accounting import paired_step_times
+from sparsekern.bench import command as benchmarking
 from sparsekern.config import ALL_METHODS, DENSE, OPTIMIZERS, PRESETS, TrainConfig
 from sparsekern.data import DATASETS, Dataset, Images, Text, load
 from sparsekern.distribution import DISTRIBUTIONS
@@ -41,18 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted.
+        The exit status: 0, 1 when `bench compare` was asked to fail and found a reason, 2 for bad
+        input (one line on stderr), 130 when interrupted.
     """
     arguments = parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except SparseKernError as error:
         sys.stderr.write(f"sparsekern: error: {error}\n")
         return USAGE_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("sparsekern: interrupted\n")
         return INTERRUPTED
-    return 0
+    return status or 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     _add_training(train)
     _add_output(train)
     tuning.add_parser(commands)
+    benchmarking.add_parser(commands)
     return top
 
 

@@ -23,6 +23,7 @@ LAYERS = [
     ("sparsekern.swap", "sparsekern.methods", "sparsekern.distribution"),
     (
         "sparsekern.accounting",
+        "sparsekern.bench",
         "sparsekern.config",
         "sparsekern.counters",
         "sparsekern.data",

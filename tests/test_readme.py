@@ -21,6 +21,15 @@ def test_tables_come_from_the_results(monkeypatch):
     assert filled(README) == README, "run `python -m benchmarks.readme`"
 
 
+def test_figures_come_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.cpu_tables import stale_figures
+
+    assert stale_figures() == [], "run `python -m benchmarks.readme`"
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README, re.DOTALL):
+        assert (ROOT / path).is_file(), path
+
+
 def test_first_example_runs():
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
@@ -34,7 +43,7 @@ def test_first_example_runs():
     assert sk.sparse_layers(model)
 
 
-@pytest.mark.parametrize("target", re.findall(r"make (\w+)", README))
+@pytest.mark.parametrize("target", re.findall(r"make ([\w-]+)", README))
 def test_named_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 

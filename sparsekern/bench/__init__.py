@@ -1,0 +1,1 @@
+"""Result files of benchmarks: what changed between two, and pictures of one."""

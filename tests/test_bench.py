@@ -1,0 +1,340 @@
+"""Result files of the benchmark suite: read, compared, drawn."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from sparsekern.bench import compare, curves, plot
+from sparsekern.bench.results import KIND, VERSION, Timing, read
+from sparsekern.cli import main
+from sparsekern.errors import ConfigError, DataError
+
+DENSITIES = (0.05, 0.1, 0.2, 0.5)
+
+
+def facts(block, density, kind, name="2048x2048", family="linear"):
+    return {
+        "id": f"{family}/{kind}/{name}/block {block}/{density:g}",
+        "kind": kind,
+        "family": family,
+        "operation": "step",
+        "name": name,
+        "block": block,
+        "density": density,
+    }
+
+
+def speed_row(block, density, ratio, seconds=1.0, **options):
+    return {
+        **facts(block, density, "speed", **options),
+        "seconds": {"median": seconds, "iqr": 0.01, "min": seconds, "rounds": 16},
+        "against": {
+            "dense": {"seconds": ratio * seconds, "ratio": ratio, "q1": ratio, "q3": ratio},
+            "torch bsr": {"cannot": "no backward"},
+        },
+    }
+
+
+def memory_row(block, density, share, **options):
+    sizes = {"sparse": int(1000 * share), "dense": 1000}
+    return {
+        **facts(block, density, "memory", **options),
+        "peak_bytes": sizes,
+        "held_bytes": {**sizes},
+    }
+
+
+def content():
+    rows = [speed_row(b, d, 0.3 / d) for b in (32, 1) for d in DENSITIES]
+    rows += [memory_row(b, d, d) for b in (32, 1) for d in DENSITIES]
+    environment = {"processor": "P", "threads": 2, "torch": "2", "commit": "c", "date": "d"}
+    return {"kind": KIND, "version": VERSION, "environment": environment, "rows": rows}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(data, name="results.json"):
+        path = tmp_path / name
+        path.write_text(data if isinstance(data, str) else json.dumps(data))
+        return path
+
+    return save
+
+
+# ---- reading
+
+
+def test_reads_what_the_suite_writes(saved):
+    results = read(saved(content()))
+    assert len(results.rows) == 16
+    case = "linear/speed/2048x2048/block 32/0.1"
+    assert results.timing(case) == Timing(1.0, 0.01, 16)
+    assert results.timing(case.replace("speed", "memory")) is None
+
+
+def changed(path, value):
+    data = content()
+    at = data
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return data
+
+
+BAD = {
+    "not JSON": ("{", "expected JSON"),
+    "a list": ("[]", "kind 'list'"),
+    "another kind": ({"key": {}, "parts": {}}, "got kind None"),
+    "another version": (changed(["version"], 7), "expected version 1; got 7"),
+    "no rows": (changed(["rows"], {}), "expected an environment and rows"),
+    "no id": (changed(["rows", 0], {"kind": "speed"}), "row 0: expected an object with an id"),
+    "twice": (changed(["rows", 1], content()["rows"][0]), "row 1: expected a new id"),
+    "kind of row": (changed(["rows", 0, "kind"], "x"), "kind must be one of"),
+    "block": (changed(["rows", 0, "block"], "32"), "block is damaged; got '32'"),
+    "no seconds": (changed(["rows", 0, "seconds"], None), "expected seconds and against"),
+    "NaN": (changed(["rows", 0, "seconds", "median"], math.nan), "median must be a number"),
+    "zero": (changed(["rows", 0, "seconds", "rounds"], 0), "rounds must be a number above 0"),
+    "negative": (changed(["rows", 0, "seconds", "iqr"], -1), "iqr must be a number of at least 0"),
+    "ratio": (changed(["rows", 0, "against", "dense"], {"ratio": 2}), "q1 must be a number"),
+    "no ratio": (changed(["rows", 0, "against", "dense"], {}), "against 'dense'"),
+    "bytes": (changed(["rows", 9, "held_bytes", "dense"], "1"), "held_bytes of dense"),
+    "no bytes": (changed(["rows", 9, "peak_bytes"], []), "expected peak_bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_file_is_told(saved, name):
+    data, text = BAD[name]
+    with pytest.raises(DataError) as error:
+        read(saved(data))
+    assert text in str(error.value)
+    assert "results.json" in str(error.value)
+
+
+def test_a_file_that_is_missing_or_no_text(tmp_path):
+    with pytest.raises(DataError, match="expected a readable result file"):
+        read(tmp_path / "none.json")
+    with pytest.raises(DataError, match="expected a readable result file"):
+        read(tmp_path)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(DataError, match="expected JSON"):
+        read(tmp_path / "binary.json")
+
+
+# ---- comparing
+
+
+def pair(saved, change):
+    new = content()
+    change(new)
+    return read(saved(content(), "old.json")), read(saved(new, "new.json"))
+
+
+def seconds(data, row, **values):
+    data["rows"][row]["seconds"].update(values)
+
+
+def test_a_file_does_not_differ_from_itself(saved):
+    found = compare.compare(*pair(saved, lambda _: None))
+    assert found == compare.Comparison((), (), 24, (), (), (), {})  # 8 times, 2 x 8 bytes
+
+
+@pytest.mark.parametrize(
+    ("median", "iqr", "rounds", "verdict"),
+    [
+        (1.10, 0.01, 16, "worse"),  # notch 0.004: far outside
+        (0.90, 0.01, 16, "better"),
+        (1.04, 0.001, 16, "same"),  # certain, but small
+        (1.10, 0.30, 16, "same"),  # large, but its notch is 0.118
+        (1.10, 0.30, 64, "worse"),  # the same with more rounds: 0.059
+    ],
+)
+def test_only_what_is_larger_than_noise_and_threshold_changed(saved, median, iqr, rounds, verdict):
+    old, new = pair(saved, lambda d: seconds(d, 0, median=median, iqr=iqr, rounds=rounds))
+    found = compare.compare(old, new)
+    cases = {"worse": found.worse, "better": found.better, "same": ()}
+    assert [c.case for c in cases[verdict]] == ([next(iter(old.rows))] if cases[verdict] else [])
+    assert len(found.worse) + len(found.better) == (verdict != "same")
+
+
+def test_the_interval_is_that_of_the_notches(saved):
+    old, new = pair(saved, lambda d: seconds(d, 0, median=2.0, iqr=0.1, rounds=25))
+    (change,) = compare.compare(old, new).worse
+    half_old, half_new = 1.57 * 0.01 / 4, 1.57 * 0.1 / 5
+    assert change.low == (2.0 - half_new) / (1 + half_old)
+    assert change.high == (2.0 + half_new) / (1 - half_old)
+
+
+def test_a_notch_that_reaches_zero_bounds_nothing(saved):
+    wide = {"median": 1.0, "iqr": 100.0, "rounds": 1}
+    old = read(saved(changed(["rows", 0, "seconds"], wide), "a.json"))
+    assert compare.compare(old, read(saved(content()))).worse == ()
+
+
+def test_relative_times_do_not_see_the_machine(saved):
+    def slower_machine(data):
+        for row in data["rows"]:
+            if row["kind"] == "speed":
+                row["seconds"]["median"] *= 2
+
+    old, new = pair(saved, slower_machine)
+    assert len(compare.compare(old, new).worse) == 8
+    assert compare.compare(old, new, relative_to="dense").worse == ()
+
+    def slower_code(data):
+        slower_machine(data)
+        for name in ("ratio", "q1", "q3"):
+            data["rows"][0]["against"]["dense"][name] /= 2
+
+    old, new = pair(saved, slower_code)
+    (change,) = compare.compare(old, new, relative_to="dense").worse
+    assert change.what == "time / dense"
+    assert change.ratio == 2
+
+
+def test_more_bytes_are_worse(saved):
+    old, new = pair(saved, lambda d: d["rows"][9]["held_bytes"].update(sparse=200))
+    (change,) = compare.compare(old, new).worse
+    assert (change.what, change.old, change.new) == ("held bytes", 100, 200)
+
+
+def test_new_missing_and_failed_cases_are_listed(saved):
+    def change(data):
+        first, second = data["rows"][0], data["rows"][1]
+        data["rows"][0] = {"id": first["id"], "failed": "differs from the reference"}
+        data["rows"][1] = {**second, "id": "another"}
+
+    old, new = pair(saved, change)
+    found = compare.compare(old, new)
+    ids = list(old.rows)
+    assert found.failed == ((ids[0], "differs from the reference"),)
+    assert (found.new, found.missing) == (("another",), (ids[1],))
+    text = compare.report(old, new, found)
+    assert "failed: linear/speed/2048x2048/block 32/0.05: differs from the reference" in text
+    assert "missing: 1" in text
+
+
+def test_different_environments_are_flagged_and_dates_are_not(saved):
+    old, new = pair(saved, lambda d: d["environment"].update(threads=8, date="e", commit="f"))
+    found = compare.compare(old, new)
+    assert found.environment == {"threads": (2, 8)}
+    assert "DIFFERENT ENVIRONMENTS: threads: 2 against 8" in compare.report(old, new, found)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf])
+def test_a_threshold_is_a_number(saved, threshold):
+    with pytest.raises(ConfigError, match="`threshold` must be a number of at least 0"):
+        compare.compare(*pair(saved, lambda _: None), threshold=threshold)
+
+
+def test_an_unknown_baseline_names_the_known(saved):
+    with pytest.raises(ConfigError, match=r"got 'cublas', and they have \['dense'\]"):
+        compare.compare(*pair(saved, lambda _: None), relative_to="cublas")
+
+
+# ---- curves
+
+
+def test_break_even_lies_on_the_straight_line_of_logarithms():
+    assert curves.break_even([(0.1, 4.0), (0.4, 0.25)]) == pytest.approx(0.2, rel=2**-40)
+    assert curves.break_even([(0.1, 4.0), (0.4, 1.0)]) is None
+    assert curves.break_even([(0.1, 0.5), (0.4, 0.25)]) is None
+    assert curves.break_even([(0.1, 2.0), (0.2, 1.0), (0.4, 0.5)]) == 0.2
+    assert curves.break_even([]) is None
+
+
+def test_curves_are_sorted_and_need_enough_densities(saved):
+    data = content()
+    data["rows"].reverse()
+    data["rows"] += [speed_row(16, d, 1.0, name="1024x1024") for d in DENSITIES[:3]]
+    (panel,) = curves.speedups(read(saved(data)))
+    assert panel.title == "linear 2048x2048"
+    assert [curve.block for curve in panel.curves] == [32, 1]
+    assert panel.curves[0].points == tuple((d, 0.3 / d) for d in DENSITIES)
+    (memory,) = curves.memory(read(saved(data)))
+    assert memory.curves[0].points == memory.others[0].points == tuple((d, d) for d in DENSITIES)
+
+
+def test_no_curve_is_an_error(saved):
+    data = content()
+    data["rows"] = data["rows"][:3]
+    with pytest.raises(DataError, match="expected a layer measured at 4 densities or more"):
+        curves.speedups(read(saved(data)))
+
+
+# ---- drawing
+
+
+def test_figures_know_what_they_were_drawn_from(saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = read(saved(content()))
+    paths = plot.plot(results, tmp_path)
+    assert [path.name for path in paths] == ["speedup.png", "memory.png"]
+    assert plot.drawn_from(paths[0]) == curves.digest(curves.speedups(results))
+    assert plot.drawn_from(paths[1]) == curves.digest(curves.memory(results))
+    other = copy.deepcopy(content())
+    other["rows"][0]["against"]["dense"]["ratio"] = 9.0
+    assert curves.digest(curves.speedups(read(saved(other)))) != plot.drawn_from(paths[0])
+
+
+def test_what_is_no_picture_of_ours(tmp_path):
+    with pytest.raises(DataError, match="expected a readable picture"):
+        plot.drawn_from(tmp_path / "none.png")
+    path = tmp_path / "text.png"
+    path.write_text("text")
+    with pytest.raises(DataError, match="expected a PNG"):
+        plot.drawn_from(path)
+    path.write_bytes(plot.PNG_MARK)
+    assert plot.drawn_from(path) is None
+    path.write_bytes(plot.PNG_MARK + (4).to_bytes(4) + b"tEXtDataXXXX")
+    with pytest.raises(DataError, match="checksum"):
+        plot.drawn_from(path)
+
+
+def test_nothing_is_drawn_into_no_folder(saved, tmp_path):
+    with pytest.raises(DataError, match="must be an existing folder"):
+        plot.plot(read(saved(content())), tmp_path / "none")
+
+
+# ---- the command
+
+
+def test_compare_prints_and_fails_if_asked(saved, capsys):
+    old, new = saved(content(), "old.json"), saved(content(), "new.json")
+    assert main(["bench", "compare", str(old), str(new), "--fail-on-slower"]) == 0
+    assert "24 the same within noise" in capsys.readouterr().out
+    data = content()
+    seconds(data, 0, median=2.0)
+    new.write_text(json.dumps(data))
+    assert main(["bench", "compare", str(old), str(new)]) == 0
+    assert main(["bench", "compare", str(old), str(new), "--fail-on-slower"]) == 1
+    assert "+100.0%  linear/speed/2048x2048/block 32/0.05: seconds 1 -> 2" in (
+        capsys.readouterr().out
+    )
+    assert main(["bench", "compare", str(new), str(old), "--fail-on-slower"]) == 0
+
+
+def test_plot_writes_beside_the_file(saved, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "plot", str(saved(content()))]) == 0
+    assert (tmp_path / "speedup.png").exists()
+    assert "memory.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compare", "{bad}", "{bad}"], ["plot", "{bad}"], ["plot", "{none}"]]
+)
+def test_bad_files_are_one_line(saved, tmp_path, capsys, arguments):
+    paths = {"bad": str(saved("{}")), "none": str(tmp_path / "none.json")}
+    assert main(["bench", *(a.format(**paths) for a in arguments)]) == 2
+    assert capsys.readouterr().err.startswith("sparsekern: error: ")
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["bench", "plot"], ["bench", "draw", "x"]])
+def test_unknown_parts_and_options(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage" in capsys.readouterr().err
