@@ -121,15 +121,20 @@ def _variant(variants: Mapping[str, Any], name: str) -> list[str]:
     own, dense = variants[name], variants["dense"]
     update, amortised = own["update_seconds"], "seconds_a_step_with_updates"
     return [
-        f"{1e3 * own['step_seconds']:.3g} ms",
+        _milliseconds(own["step_seconds"]),
         f"{own['dense_over_own']['ratio']:.2f}x",
         f"{dense[amortised] / own[amortised]:.2f}x",
-        "-" if update is None else f"{1e3 * update:.3g} ms",
+        "-" if update is None else _milliseconds(update),
         f"{own['peak_bytes']['step'] / 2**20:.1f} MiB",
         f"{sum(own['held_bytes'].values()) / 2**20:.1f} MiB",
         f"{own['step_flops'] / 1e9:.2f}",
         f"{own['loss_mean']:.3f}, {own['loss_last']:.3f}",
     ]
+
+
+def _milliseconds(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
 
 
 def measured_on(environment: Mapping[str, Any]) -> str:

@@ -77,13 +77,13 @@ NETWORKS = {
     "mlp": Network(
         "MLP 784-1024-512-10, unstructured",
         replace(COMMON, hidden=(1024, 512), block=1, lr=0.05, batch_size=128, update_freq=100),
-        steps=500,
+        steps=600,
         edge=28,
     ),
     "wrn": Network(
         "WRN-22-2, block 16",
-        replace(COMMON, model="wide_resnet_22_2", block=16, batch_size=32, update_freq=25),
-        steps=120,
+        replace(COMMON, model="wide_resnet_22_2", block=16, batch_size=32, update_freq=40),
+        steps=200,
         edge=32,
     ),
     "gpt": Network(
@@ -100,7 +100,7 @@ NETWORKS = {
             weight_decay=0.01,
             update_freq=40,
         ),
-        steps=200,
+        steps=250,
         edge=None,
     ),
 }

@@ -337,3 +337,47 @@ def test_made_images_can_be_learned_and_padding_keeps_the_middle():
     assert wide.image_shape == (32, 32)
     middle = wide.train_x.view(-1, 32, 32)[:, 2:-2, 2:-2]
     assert torch.equal(middle.flatten(1), images.train_x)
+
+
+# ---- the README's side
+
+
+def test_figures_are_drawn_when_the_data_changed(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cpu_tables, "CPU", tmp_path)
+    monkeypatch.setattr(cpu_tables, "SUITE", tmp_path / "suite.json")
+    assert cpu_tables.stale_figures() == []
+    assert cpu_tables.figures() == cpu_tables.UNMEASURED
+    rows = [row(density, kind) for density in (0.1, 0.2, 0.4, 0.8) for kind in ("speed", "memory")]
+    convert.write(tmp_path / "suite.json", {"commit": "c"}, rows)
+    assert [path.name for path in cpu_tables.stale_figures()] == ["speedup.png", "memory.png"]
+    cpu_tables.draw_figures()
+    assert cpu_tables.stale_figures() == []
+    convert.write(tmp_path / "suite.json", {"commit": "another"}, rows)
+    assert cpu_tables.stale_figures() == []
+    rows[0]["against"]["dense"]["ratio"] = 2.5
+    convert.write(tmp_path / "suite.json", {"commit": "c"}, rows)
+    assert [path.name for path in cpu_tables.stale_figures()] == ["speedup.png"]
+
+
+def row(density, kind):
+    facts = {"family": "linear", "operation": "step", "name": "8x8", "block": 1}
+    found = {"id": f"{kind} {density}", "kind": kind, "density": density, **facts}
+    if kind == "memory":
+        sizes = {"sparse": int(100 * density), "dense": 100}
+        return {**found, "peak_bytes": sizes, "held_bytes": sizes}
+    ratio = {"ratio": 1 / density, "q1": 1.0, "q3": 1.0}
+    seconds = {"median": 1.0, "iqr": 0.1, "min": 1.0, "rounds": 5}
+    return {**found, "seconds": seconds, "against": {"dense": ratio}}
+
+
+def test_a_table_shows_what_failed_and_what_can_not_be(tmp_path):
+    case = "linear/step/{}x1024/block {}/0.1"
+    failed = {"id": case.format(1024, 32), "failed": "wrong"}
+    others = {"dense": {"ratio": 3.14, "q1": 3.0, "q3": 3.3}, "torch bsr": {"cannot": "no"}}
+    measured = {**row(0.1, "speed"), "id": case.format(4096, 32), "against": others}
+    environment = dict.fromkeys(("processor", "threads", "torch", "numba", "commit", "date"), "x")
+    convert.write(tmp_path / "suite.json", environment, [failed, measured])
+    table = cpu_tables.linear(read(tmp_path / "suite.json"))
+    assert "| block 32 | 0.1 | - | failed | 3.1x | - | - |" in table
+    assert "Measured on x, x threads, torch x, numba x, commit x, x." in table

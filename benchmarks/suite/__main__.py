@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -211,4 +212,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # ended by others, it ends its process and says where the results are, as by Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from benchmarks.suite import measure
 from benchmarks.suite.layers import fill, forward, integers, only_where, present, step
 from benchmarks.suite.problem import Contender, Facts, Problem, Tensors
 from sparsekern import SparseConv2d, Topology
-from sparsekern.ops import cpu
+from sparsekern.ops import cpu_choice
 
 KINDS = ((32, 0.1), (16, 0.1), (1, 0.1), (1, 0.05))
 """Block and density."""
@@ -97,12 +96,10 @@ def setup(case: Case) -> Problem:
 
 
 def _expected(dense: nn.Conv2d, mask: Tensor, x: Tensor, dy: Tensor) -> Tensors:
-    """y, dx, dw and db, by torch in float64."""
-    wide, inputs = copy.deepcopy(dense).double(), x.detach().double().requires_grad_()
-    y = wide(inputs)
-    wanted = (inputs, wide.weight, present(wide.bias))
-    dx, dw, db = torch.autograd.grad(y, wanted, dy.double())
-    return y.detach().float(), dx.float(), (dw * mask).float(), db.float()
+    """y, dx, dw and db, by torch."""
+    y, wanted = dense(x), (x, dense.weight, present(dense.bias))
+    dx, dw, db = torch.autograd.grad(y, wanted, dy)
+    return y.detach(), dx, dw * mask, db
 
 
 def facts(case: Case, topology: Topology, dy: Tensor) -> Facts:
@@ -118,7 +115,7 @@ def facts(case: Case, topology: Topology, dy: Tensor) -> Facts:
         block=case.block,
         density=case.density,
         active=topology.density,
-        backend=cpu.backend_for(topology, torch.float32),
+        backend=cpu_choice.backend_for(topology, torch.float32),
         flops=2 * products * pixels * stored,
         dense_flops=2 * products * pixels * topology.shape[0] * topology.shape[1],
         bytes=4 * products * (images + stored + 2 * topology.nnzb),

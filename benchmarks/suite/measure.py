@@ -15,7 +15,7 @@ from benchmarks.paired import Beside, quartiles, ratios
 from benchmarks.suite.problem import Contender, Facts, Problem, able, ceilings, check
 from sparsekern.accounting import held_bytes
 
-SECONDS = 1.5
+SECONDS = 1.2
 """About how long the rounds of a case take, all contenders together."""
 
 FEWEST, MOST = 5, 60
