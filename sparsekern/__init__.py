@@ -21,6 +21,7 @@ from sparsekern.nn import (
     SparseRNN,
     SparseRNNCell,
 )
+from sparsekern.planning import Budget, Plan, plan
 from sparsekern.swap import densify_, sparse_layers, sparsify_
 from sparsekern.topology import Topology
 
@@ -28,7 +29,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SET",
+    "Budget",
     "Method",
+    "Plan",
     "RigL",
     "SparseConv1d",
     "SparseConv2d",
@@ -44,6 +47,7 @@ __all__ = [
     "Topology",
     "densify_",
     "ops",
+    "plan",
     "sparse_layers",
     "sparsify_",
 ]

@@ -1,7 +1,8 @@
 """The command line.
 
-`sparsekern train` compares sparse training methods with dense training; `sparsekern tune` measures
-launch configurations on the present GPU; `sparsekern bench` compares and draws benchmark results.
+`sparsekern train` compares sparse training methods with dense training; `sparsekern plan` chooses
+what to make sparse in a model, and in which blocks; `sparsekern tune` measures launch
+configurations on the present GPU; `sparsekern bench` compares and draws benchmark results.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 import sparsekern
-from sparsekern import picture, report
+from sparsekern import example_options, picture, report
 from sparsekern.accounting import paired_step_times
 from sparsekern.bench import command as benchmarking
 from sparsekern.config import ALL_METHODS, DENSE, OPTIMIZERS, PRESETS, TrainConfig
@@ -25,6 +26,7 @@ from sparsekern.errors import ConfigError, SparseKernError
 from sparsekern.network import build, first_layer_connections, shaped
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.dispatch import BACKENDS
+from sparsekern.planning import command as planning
 from sparsekern.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training import RunResult, Trainer, total_steps
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     _add_task(train)
     _add_training(train)
     _add_output(train)
+    planning.add_parser(commands)
     tuning.add_parser(commands)
     benchmarking.add_parser(commands)
     return top
@@ -101,7 +104,10 @@ def _add_task(train: argparse.ArgumentParser) -> None:
     group.add_argument("--seq-len", type=int, metavar="T", help=_preset("seq_len") + ", of text")
     group.add_argument("--sparsity", type=float, metavar="S", help=_preset("sparsity"))
     group.add_argument(
-        "--block", type=_block, metavar="B", help="16, or 16x32 (outputs x inputs); default: 1"
+        "--block",
+        type=example_options.block,
+        metavar="B",
+        help="16, or 16x32 (outputs x inputs); default: 1",
     )
     group.add_argument("--distribution", choices=DISTRIBUTIONS, help=_preset("distribution"))
 
@@ -155,13 +161,6 @@ def _preset(field: str) -> str:
 
 def _show(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _block(text: str) -> int | tuple[int, int]:
-    edges = text.lower().split("x")
-    if not 1 <= len(edges) <= 2 or not all(edge.isdecimal() for edge in edges):
-        raise argparse.ArgumentTypeError(f"expected a block like 16 or 16x32; got {text!r}")
-    return int(edges[0]) if len(edges) == 1 else (int(edges[0]), int(edges[1]))
 
 
 def _widths(text: str) -> tuple[int, ...]:

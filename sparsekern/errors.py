@@ -51,3 +51,15 @@ class DataError(SparseKernError, ValueError):
 
 class ModelError(SparseKernError, RuntimeError):
     """A model fails on the inputs it was given."""
+
+
+class MeasurementError(SparseKernError, RuntimeError):
+    """A layer fails while its time is measured.
+
+    Attributes:
+        plan: the `sparsekern.Plan` made from what had been measured before.
+    """
+
+    def __init__(self, message: str, plan: object = None) -> None:
+        super().__init__(message)
+        self.plan = plan

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.blocks import Block
 from sparsekern.errors import ConfigError
 from sparsekern.examples import Examples
 from sparsekern.models import find
@@ -96,6 +97,14 @@ def shape(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"expected a shape like 64x3x32x32; got {text!r}")
     return tuple(map(int, sizes))
+
+
+def block(text: str) -> Block:
+    """A block like 16 or 16x32, for argparse."""
+    edges = text.lower().split("x")
+    if not 1 <= len(edges) <= 2 or not all(edge.isdecimal() for edge in edges):
+        raise argparse.ArgumentTypeError(f"expected a block like 16 or 16x32; got {text!r}")
+    return int(edges[0]) if len(edges) == 1 else (int(edges[0]), int(edges[1]))
 
 
 def moved(value: Any, device: torch.device) -> Any:
