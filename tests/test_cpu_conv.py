@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from sparsekern.errors import ShapeError
 from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import cpu, cpu_conv, cpu_conv_torch
+from sparsekern.ops import cpu, cpu_choice, cpu_conv, cpu_conv_torch
 from sparsekern.ops.layout import format_of
 from sparsekern.topology import Topology
 
-NAMES = ("jit", "blas", "csr") if cpu.has_numba() else ("blas", "csr")
+NAMES = ("jit", "blas", "csr") if cpu_choice.has_numba() else ("blas", "csr")
 KERNELS = [(1, 1), (2, 2), (3, 3), (5, 5), (1, 3), (3, 1)]
 STRIDES = [(1, 1), (2, 2), (3, 3), (2, 1)]
 PADDINGS = [(0, 0), (1, 1), (2, 2), (0, 3)]
@@ -186,7 +186,7 @@ def problem(case):
 def test_exact_on_integers(case, name):
     x, dy, values, t, g, bias = problem(case)
     kept = [a.clone() for a in (x, dy, values)]
-    with cpu.force(name):
+    with cpu_choice.force(name):
         y, dx, dw, dx2, dw2 = products(x, dy, values, t, g, bias)
     for got, want in zip((y, dx, dw), expected(x, dy, values, t, g, bias), strict=True):
         assert torch.equal(got, want.to(x.dtype))
@@ -218,7 +218,7 @@ def test_many_images_and_channels_in_several_chunks(block, name, monkeypatch):
     t = Topology.random((72, 9 * 40), block, sparsity=0.8, taps=9)
     x, dy = integers(5, 40, 12, 13), integers(5, 72, 12, 13)
     values = t.clear_padding_(integers(*t.values_shape))
-    with cpu.force(name):
+    with cpu_choice.force(name):
         y, dx, dw, *_ = products(x, dy, values, t, g)
     for got, want in zip((y, dx, dw), expected(x, dy, values, t, g, None), strict=True):
         assert torch.equal(got, want.float())
@@ -231,7 +231,7 @@ def test_no_active_block(block, name):
     nothing = torch.zeros(0, dtype=torch.int64)
     t = Topology.from_positions(nothing, (20, 9 * 18), block, taps=9)
     values, bias = torch.zeros(t.values_shape), integers(20)
-    with cpu.force(name):
+    with cpu_choice.force(name):
         y, dx, dw, *_ = products(integers(2, 18, 5, 5), integers(2, 20, 5, 5), values, t, g, bias)
     assert torch.equal(y, bias.view(1, 20, 1, 1).expand(2, 20, 5, 5))
     assert torch.equal(dx, torch.zeros(2, 18, 5, 5))
@@ -248,7 +248,7 @@ def test_within_the_a_priori_bound(block, name, dtype):
     x = image((3, inputs_of(t), 9, 11), "contiguous", dtype, make)
     dy = image((3, t.shape[0], *g.output_size(9, 11)), "contiguous", dtype, make)
     values = t.clear_padding_(torch.randn(t.values_shape).to(dtype))
-    with cpu.force(name):
+    with cpu_choice.force(name):
         got = products(x, dy, values, t, g)[:3]
     exact = expected(x, dy, values, t, g, None)
     spread = expected(x.abs(), dy.abs(), values.abs(), t, g, None)
@@ -271,7 +271,7 @@ def test_garbage_in_the_padding_of_values_is_never_read(groups, block, name):
     inside = t.clear_padding_(torch.ones(t.values_shape))
     dirty = torch.where(inside != 0, clean, float("nan"))
     x, dy = integers(2, inputs_of(t), 5, 6), integers(2, t.shape[0], 5, 6)
-    with cpu.force(name):
+    with cpu_choice.force(name):
         for a, b in zip(products(x, dy, clean, t, g), products(x, dy, dirty, t, g), strict=True):
             assert torch.equal(a, b)
 
@@ -286,7 +286,7 @@ def test_same_bits_again_and_for_any_number_of_threads(block):
     outs = []
     for threads in (1, 1, 2, 3, 2):
         torch.set_num_threads(threads)
-        with cpu.force("jit"):
+        with cpu_choice.force("jit"):
             outs.append(products(x, dy, values, t, g))
     for other in outs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
@@ -300,7 +300,7 @@ def test_one_large_image_is_cut_and_one_small_one_is_shared():
         t = Topology.random((48, 25 * 32), (16, 16), sparsity=0.5, taps=25)
         x, dy = integers(1, 32, *size), integers(1, 48, *size)
         values = integers(*t.values_shape)
-        with cpu.force("jit"):
+        with cpu_choice.force("jit"):
             got = products(x, dy, values, t, g)
         for a, b in zip(got, expected(x, dy, values, t, g, None), strict=False):
             assert torch.equal(a, b.float())
@@ -315,7 +315,7 @@ def test_nothing_of_the_size_of_an_unfolded_image_is_held(block, layout, name, m
     t = Topology.random((64, 9 * 64), block, sparsity=0.95, taps=9)
     x, dy = image((8, 64, 32, 32), layout), image((8, 64, 32, 32), layout)
     values = integers(*t.values_shape)
-    with cpu.force(name):
+    with cpu_choice.force(name):
         products(x, dy, values, t, g)  # compiled, caches filled
         with AllocationTracer() as tracer:
             products(x, dy, values, t, g)
@@ -333,12 +333,12 @@ def test_callers_in_several_threads(name):
     t = draw(g, (16, 16), 0.2)
     x, dy = integers(4, inputs_of(t), 8, 8), integers(4, t.shape[0], 8, 8)
     values = t.clear_padding_(integers(*t.values_shape))
-    with cpu.force(name):
+    with cpu_choice.force(name):
         want = products(x, dy, values, t, g)
     wrong = []
 
     def call():
-        with cpu.force(name):
+        with cpu_choice.force(name):
             for _ in range(5):
                 got = products(x, dy, values, t, g)
                 wrong.extend(a for a, b in zip(got, want, strict=True) if not torch.equal(a, b))
@@ -367,8 +367,8 @@ def test_far_apart_taps_are_unfolded_in_bounded_windows(monkeypatch):
     t = Topology.random((512, 9 * 512), 16, sparsity=0.99, taps=9)
     image = torch.empty(1, 512, 64, 64)
     near, far = (ConvGeometry((3, 3), (1, 1), (d, d), (d, d)) for d in (1, 24))
-    run = [cpu_conv._plan(t, g, image)[0] for g in (near, far)]
-    jit = cpu.has_numba()
+    run = [cpu_conv.plan(t, g, image)[0] for g in (near, far)]
+    jit = cpu_choice.has_numba()
     assert isinstance(run[0], cpu_conv_torch.Products) != jit
     assert isinstance(run[1], cpu_conv_torch.Products)
 

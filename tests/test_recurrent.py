@@ -31,7 +31,7 @@ from sparsekern.nn.gates import KINDS
 from sparsekern.nn.recurrent import RECURRENT
 from sparsekern.nn.recurrent_base import matrices
 from sparsekern.nn.scan import scan
-from sparsekern.ops import capture, cpu
+from sparsekern.ops import capture, cpu_choice
 
 TIGHT = 2.0**-40
 IN, H, T, B = 5, 6, 4, 3
@@ -171,7 +171,7 @@ def test_every_implementation_equals_torchs(kind, block, impl):
 def test_every_cpu_backend_equals_torchs(name, block):
     if name == "jit":
         pytest.importorskip("numba")
-    with cpu.force(name):
+    with cpu_choice.force(name):
         layer = make(LAYERS, "gru", block=block, impl="cpu")
         assert_same_training(layer, layer.to_dense(), *batch_of("unsorted", layer, True))
 

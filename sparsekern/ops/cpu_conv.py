@@ -1,11 +1,11 @@
 """Sparse convolution on the CPU: which implementation runs, and the arithmetic type it runs in.
 
-The rule is that of `cpu`: with numba `cpu_conv_jit`, else `cpu_conv_torch`, which unfolds a bounded
-number of pixels at a time and takes the linear products of `cpu_blas` or `cpu_csr`. With numba too,
-a kernel so dilated that its outermost taps lie megabytes apart is unfolded, for `cpu_jit`: what
-`cpu_conv_jit` holds grows with that distance. A pointwise
-convolution of a channels-last image is a linear map of its pixels and goes to `cpu` as such.
-float16 and bfloat16 are computed in float32 and rounded once.
+The rule is that of `cpu_choice`: with numba `cpu_conv_jit`, else `cpu_conv_torch`, which unfolds a
+bounded number of pixels at a time and takes the linear products of `cpu_blas` or `cpu_csr`. With
+numba too, a kernel so dilated that its outermost taps lie megabytes apart is unfolded, for
+`cpu_jit`: what `cpu_conv_jit` holds grows with that distance. A pointwise convolution of a
+channels-last image is a linear map of its pixels and goes to `cpu_linear` as such. float16 and
+bfloat16 are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.geometry import ConvGeometry
+from sparsekern.ops import cpu_linear
+from sparsekern.ops.cpu_choice import backend_for, compute_dtype
 from sparsekern.ops.layout import format_of, image_of, pixels_of
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ def conv2d(x: Tensor, values: Tensor, t: Topology, g: ConvGeometry, bias: Tensor
         (N, C_out, P, Q) of x's dtype, channels-last if x is.
     """
     if _is_linear(g, x):
-        return _image(_cpu().spmm(pixels_of(x), values, t, bias), x)
-    run, kind = _plan(t, g, x)
+        return _image(cpu_linear.spmm(pixels_of(x), values, t, bias), x)
+    run, kind = plan(t, g, x)
     added = None if bias is None else bias.to(kind)
     return _like(x, run.conv2d(x.to(kind), values.to(kind), t, g, added))
 
@@ -52,17 +54,16 @@ def conv2d_dgrad(
 ) -> Tensor:
     """dx: (N, C_out, P, Q) of any strides -> (N, C_in, *size) of dy's dtype."""
     if _is_linear(g, dy):
-        return _image(_cpu().spmm_t(pixels_of(dy), values, t), dy)
-    run, kind = _plan(t, g, dy)
+        return _image(cpu_linear.spmm_t(pixels_of(dy), values, t), dy)
+    run, kind = plan(t, g, dy)
     return _like(dy, run.conv2d_dgrad(dy.to(kind), values.to(kind), t, g, size=size))
 
 
 def conv2d_wgrad(dy: Tensor, x: Tensor, t: Topology, g: ConvGeometry) -> Tensor:
     """dw at active blocks: (nnzb, bh, bw) of x's dtype, exact 0 in padding."""
     if _is_linear(g, x, dy):
-        product: Tensor = _cpu().sddmm(pixels_of(dy), pixels_of(x), t)
-        return product
-    run, kind = _plan(t, g, x)
+        return cpu_linear.sddmm(pixels_of(dy), pixels_of(x), t)
+    run, kind = plan(t, g, x)
     dw: Tensor = run.conv2d_wgrad(dy.to(kind), x.to(kind), t, g)
     return dw.to(x.dtype)
 
@@ -72,9 +73,9 @@ def conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dw) of `conv2d`, sharing what the two products have in common; dx is laid out as x."""
     if _is_linear(g, x, dy):
-        dx, dw = _cpu().backward(pixels_of(dy), pixels_of(x), values, t)
+        dx, dw = cpu_linear.backward(pixels_of(dy), pixels_of(x), values, t)
         return _image(dx, x), dw
-    run, kind = _plan(t, g, x)
+    run, kind = plan(t, g, x)
     dx, dw = run.conv2d_backward(dy.to(kind), x.to(kind), values.to(kind), t, g)
     return _like(x, dx), dw.to(values.dtype)
 
@@ -97,14 +98,9 @@ def _like(x: Tensor, result: Tensor) -> Tensor:
     return result.to(x.dtype).contiguous(memory_format=format_of(x))
 
 
-def _cpu() -> Any:
-    # that module offers the functions above, so it comes first
-    return importlib.import_module("sparsekern.ops.cpu")
-
-
-def _plan(t: Topology, g: ConvGeometry, image: Tensor) -> tuple[Any, torch.dtype]:
-    cpu = _cpu()
-    name, kind = cpu.backend_for(t, image.dtype), cpu.compute_dtype(image.dtype)
+def plan(t: Topology, g: ConvGeometry, image: Tensor) -> tuple[Any, torch.dtype]:
+    """What runs a convolution that reads or makes this image, and the type it computes in."""
+    name, kind = backend_for(t, image.dtype), compute_dtype(image.dtype)
     channels = max(t.shape[0], t.shape[1] // t.taps * t.groups)
     lines = (g.kernel[0] - 1) * g.dilation[0] // g.stride[0]
     span = lines * (image.shape[3] + g.padding[1]) + (g.kernel[1] - 1) * g.dilation[1]
