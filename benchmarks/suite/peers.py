@@ -26,10 +26,7 @@ def torch_sparse(
     `sampled_addmm`, and autograd for a step.
     """
     name = "torch csr" if topology.block == (1, 1) else "torch bsr"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sparse CSR support is in beta state
-        w = topology.to_torch(values)
-    mask = topology.to_mask()
+    w, mask = _to_torch(topology, values), topology.to_mask()
 
     def step() -> Tensors:
         x.grad, weight.grad, added.grad = None, None, None
@@ -104,14 +101,18 @@ def _sparselab_layer(
 ) -> tuple[Any, Any]:
     """Its layer draws its own connections; ours take their place."""
     rows, cols = topology.shape
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        csr = found.PaddedCSR.from_torch_sparse_csr(topology.to_torch(values))
+    csr = found.PaddedCSR.from_torch_sparse_csr(_to_torch(topology, values))
     layer = found.SparseLinear(cols, rows, sparsity=1 - topology.density)
     layer._csr, layer._values = csr, nn.Parameter(torch.from_numpy(csr.values))
     with torch.no_grad():
         layer.bias.copy_(bias)
     return layer, csr
+
+
+def _to_torch(topology: Topology, values: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse CSR support is in beta state
+        return topology.to_torch(values)
 
 
 def _gradients(*tensors: Tensor | None) -> Tensors:

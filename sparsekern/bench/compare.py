@@ -113,11 +113,6 @@ def compare(
     by_verdict: dict[str, list[Change]] = {"worse": [], "better": [], "same": []}
     for change in changes:
         by_verdict[change.verdict(threshold)].append(change)
-    differing = {
-        name: (old.environment.get(name), new.environment.get(name))
-        for name in sorted({*old.environment, *new.environment} - {*EXPECTED_TO_DIFFER})
-        if old.environment.get(name) != new.environment.get(name)
-    }
     return Comparison(
         worse=tuple(sorted(by_verdict["worse"], key=lambda c: -c.ratio)),
         better=tuple(sorted(by_verdict["better"], key=lambda c: c.ratio)),
@@ -125,7 +120,7 @@ def compare(
         new=tuple(case for case in new.rows if case in measured[1] - measured[0]),
         missing=tuple(c for c in old.rows if c in measured[0] and c not in new.rows),
         failed=tuple((i, row["failed"]) for i, row in new.rows.items() if "failed" in row),
-        environment=differing,
+        environment=_differing(old, new),
     )
 
 
@@ -150,6 +145,13 @@ def report(old: Results, new: Results, found: Comparison) -> str:
         f"{found.same} the same within noise, {len(found.better)} better, {len(found.worse)} worse"
     )
     return "\n".join(lines)
+
+
+def _differing(old: Results, new: Results) -> dict[str, tuple[object, object]]:
+    before, after = old.environment, new.environment
+    names = sorted({*before, *after} - {*EXPECTED_TO_DIFFER})
+    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
 
 
 def _changes(old: Results, new: Results, case: str, relative_to: str | None) -> Iterator[Change]:
