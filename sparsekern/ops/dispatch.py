@@ -24,6 +24,8 @@ BACKENDS = {
 }
 """Implementations by name. `dense` and `masked` share their code: the reference defines both."""
 
+# asked once: `torch.compile` warns of a cached function
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -151,10 +153,9 @@ def resolve(
     return impl
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether the package triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def _triton_covers(block: tuple[int, int]) -> bool:
