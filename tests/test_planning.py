@@ -15,7 +15,7 @@ from sparsekern.accounting import held_bytes
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ModelError
 from sparsekern.planning import cpu_rates
 from sparsekern.planning.layers import examine
-from sparsekern.planning.predict import CudaTimes, predictor
+from sparsekern.planning.predict import CudaTimes, _covered, predictor
 from sparsekern.planning.share import LEAST_SHARE
 
 
@@ -353,6 +353,14 @@ def test_a_gpu_computes_dense_what_its_kernels_do_not_cover():
         assert row.flops == row.dense_flops
         assert row.bytes < row.dense_bytes
         assert row.break_even.density == 0
+
+
+@pytest.mark.parametrize("block", [(1, 1), (16, 16), (16, 128), (8, 8), (1, 16), (256, 16)])
+def test_the_blocks_of_gpu_predictions_are_those_of_the_kernels(block):
+    pytest.importorskip("triton")
+    from sparsekern.kernels.launch import supported
+
+    assert _covered(block) == supported(block)
 
 
 def test_gpu_predictions_of_convolutions_and_recurrent_layers():

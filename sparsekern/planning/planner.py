@@ -66,10 +66,11 @@ def plan(
     weights it would have had otherwise; then it stays sparse, and the plan says so. Layers that the
     model never calls on the examples, or that no block fits, stay dense and out of account.
 
-    Times are predicted: on a CPU from a table of measured rates (`planning.cpu_rates`), on a GPU
-    from bounds that physics sets (`planning.roofline`) and from what the kernels take on
-    (`ops.crossover`). `measure=True` times the layers on this machine instead, dense and sparse in
-    turns; what layers have in common is measured once.
+    Times are for the dtype of the weights, without autocast. They are predicted: on a CPU from a
+    table of measured rates (`planning.cpu_rates`), on a GPU from bounds that physics sets
+    (`planning.roofline`) and from what the kernels take on (`ops.crossover`). `measure=True` times
+    the layers on this machine instead, dense and sparse in turns; what layers have in common is
+    measured once.
 
     Args:
         model: is run once in evaluation mode, and not changed. On the meta device nothing is

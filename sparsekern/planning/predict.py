@@ -13,7 +13,7 @@ import torch
 
 from sparsekern.errors import DeviceError, DtypeError
 from sparsekern.ops.cpu_choice import has_numba
-from sparsekern.ops.crossover import dense_wins
+from sparsekern.ops.crossover import DENSE_ABOVE, dense_wins
 from sparsekern.planning import cpu_rates
 from sparsekern.planning.layers import Layer, Part, Use
 from sparsekern.planning.roofline import H200, Problem, Roofline, device_named
@@ -21,7 +21,9 @@ from sparsekern.planning.roofline import H200, Problem, Roofline, device_named
 Cut = tuple[int, int]
 """A block, (outputs, inputs)."""
 
-EDGES = (16, 32, 64, 128)  # of blocks that have GPU kernels, besides 1
+EDGES = frozenset(DENSE_ABOVE["half"]) - {1}
+"""Of blocks that have GPU kernels, besides 1: those that the crossover table knows."""
+
 HALVINGS = 40
 LEAST_DENSITY = 1e-4
 """Below it no break-even density is looked for."""
