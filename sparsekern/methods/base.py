@@ -24,6 +24,7 @@ from sparsekern.nn import SparseLayer
 from sparsekern.nn.init import bounds
 from sparsekern.ops import block_norm
 from sparsekern.ops.grow import check_norm
+from sparsekern.ops.ranges import ranged
 from sparsekern.swap import sparse_layers
 
 log = logging.getLogger(__name__)
@@ -258,7 +259,8 @@ class Method:
                 "update at weight step %d not made: %s not finite", self.weight_steps, broken
             )
             return False
-        self._update(layers)
+        with ranged("update"):
+            self._update(layers)
         return True
 
     def _update(self, layers: Mapping[str, SparseLayer]) -> None:
@@ -267,7 +269,8 @@ class Method:
         updates = {n: self._decide(n, layer, fraction) for n, layer in layers.items()}
         changes = {}
         for name, (update, dropped) in updates.items():
-            self.layers[name].rewire_(update.topology, update.source, tensors[name])
+            with ranged("rewire", name):
+                self.layers[name].rewire_(update.topology, update.source, tensors[name])
             self._init_grown(name, update)
             self.layers[name].values.grad = None  # it belongs to the old positions
             changes[name] = LayerChange(dropped, update.grown)
@@ -283,8 +286,9 @@ class Method:
     def _decide(self, name: str, layer: SparseLayer, fraction: float) -> tuple[TopologyUpdate, int]:
         topology = layer.topology
         k = drop_count(topology.nnzb, fraction)
-        keep = drop_smallest(block_norm(layer.active_values().float(), self.norm), k)
-        return rewire(topology, keep, self.grown_positions(name, layer, keep)), k
+        with ranged("drop_grow", name):
+            keep = drop_smallest(block_norm(layer.active_values().float(), self.norm), k)
+            return rewire(topology, keep, self.grown_positions(name, layer, keep)), k
 
     def _init_grown(self, name: str, update: TopologyUpdate) -> None:
         if self.grow_init == "zeros":

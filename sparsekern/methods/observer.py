@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsekern.nn import SparseLayer
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import register
+from sparsekern.ops.ranges import ranged
 
 
 class GradientObserver:
@@ -96,7 +97,8 @@ class GradientObserver:
     def _stream(self) -> None:
         dys, xs = zip(*self._pairs, strict=True)
         self._pairs.clear()
-        self._scores = self.layer.grow_scores(dys, xs, self.k, self.norm, self.reduce)
+        with ranged("score"):
+            self._scores = self.layer.grow_scores(dys, xs, self.k, self.norm, self.reduce)
 
     def _reset(self) -> None:
         self._pairs.clear()

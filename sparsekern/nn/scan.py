@@ -24,6 +24,7 @@ from sparsekern.nn.gates import KINDS
 from sparsekern.nn.products import Product, recipe_of
 from sparsekern.ops import capture
 from sparsekern.ops.library import is_traced
+from sparsekern.ops.ranges import ranged
 
 
 def scan(
@@ -121,7 +122,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any, plan: _Plan, inputs: Tensor, bias: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         states = KINDS[plan.kind].states
-        with _bare(inputs):
+        with ranged("scan"), _bare(inputs):
             kept, final = _forward(plan, inputs, bias, tensors[:states], tensors[states:])
         for weight in plan.weights:
             capture.expect(weight.key)
@@ -136,7 +137,7 @@ class _Scan(torch.autograd.Function):
         states = KINDS[plan.kind].states
         weights = states + sum(weight.tensors for weight in plan.weights)
         parts = saved[:states], saved[states:weights], saved[weights:]
-        with _bare(dy):
+        with ranged("scan_backward"), _bare(dy):
             found = _backward(plan, (dy, d_final), *parts, ctx.needs_input_grad[1:])
         if torch.is_grad_enabled():
             # torch's once_differentiable would take these for constants where dy is one
