@@ -22,6 +22,7 @@ from sparsekern.nn import (
     SparseRNNCell,
 )
 from sparsekern.planning import Budget, Plan, plan
+from sparsekern.profiling import Report, profile
 from sparsekern.swap import densify_, sparse_layers, sparsify_
 from sparsekern.topology import Topology
 
@@ -32,6 +33,7 @@ __all__ = [
     "Budget",
     "Method",
     "Plan",
+    "Report",
     "RigL",
     "SparseConv1d",
     "SparseConv2d",
@@ -48,6 +50,7 @@ __all__ = [
     "densify_",
     "ops",
     "plan",
+    "profile",
     "sparse_layers",
     "sparsify_",
 ]

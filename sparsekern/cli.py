@@ -27,6 +27,7 @@ from sparsekern.network import build, first_layer_connections, shaped
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.dispatch import BACKENDS
 from sparsekern.planning import command as planning
+from sparsekern.profiling import command as profiling
 from sparsekern.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training import RunResult, Trainer, total_steps
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _add_training(train)
     _add_output(train)
     planning.add_parser(commands)
+    profiling.add_parser(commands)
     tuning.add_parser(commands)
     benchmarking.add_parser(commands)
     return top

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
-import shutil
 import statistics
-import subprocess  # git, for the commit
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import sparsekern
 from sparsekern.accounting import FLOP_CONVENTION, StepTime
 from sparsekern.config import DENSE, TrainConfig
+from sparsekern.environment import environment
 from sparsekern.training import RunResult
 
 FORMAT = 1
@@ -233,33 +229,6 @@ def write_json(comparison: Comparison, path: Path) -> None:
     """Write `to_json` to a file; numbers that JSON does not know can't occur in it."""
     text = json.dumps(to_json(comparison), indent=1, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def environment(device: torch.device) -> dict[str, str | int | None]:
-    """Versions and machine: what a number is worth depends on them."""
-    return {
-        "sparsekern": sparsekern.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the source tree, with "-dirty" if it was changed; None outside a repository."""
-    root, git = Path(__file__).resolve().parent.parent, shutil.which("git")
-    if git is None or not (root / ".git").exists():
-        return None
-    command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(  # noqa: S603  fixed arguments
-        [*command, "--exclude=*"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
 
 
 def _spread(numbers: Sequence[float]) -> float | None:

@@ -49,17 +49,18 @@ def conv_parts(
 def output_size(layout: Sequence[int]) -> tuple[int, int]:
     """(P, Q) of the convolution that a `layout` describes."""
     *_, height, width = layout
-    return _geometry(layout).output_size(height, width)
+    return geometry_of(layout).output_size(height, width)
 
 
-def _geometry(layout: Sequence[int]) -> ConvGeometry:
+def geometry_of(layout: Sequence[int]) -> ConvGeometry:
+    """The geometry of the convolution that a `layout` describes."""
     return ConvGeometry.from_ints(list(layout[_SIZES:-2]))
 
 
 def _split(rest: tuple[Any, ...]) -> tuple[ConvBackend, Topology, ConvGeometry]:
     """The backend, topology and geometry behind an operator's trailing arguments."""
     *parts, impl = rest
-    return backend(impl), topology_of(*parts), _geometry(parts[-1])
+    return backend(impl), topology_of(*parts), geometry_of(parts[-1])
 
 
 # ---- kernels: the last argument names the backend

@@ -77,35 +77,20 @@ class Job:
     def forward(self, values: Tensor, bias: Tensor | None) -> None:
         """Fill y."""
         t, line, (bh, bw) = self.t, self.line, self.t.block
-        chunk = self.chunk(line.phases * self.x.shape[1], self.threads)
-        ld = self.stride(chunk + line.reach)
+        chunk, ld = self.forward_sizes()
         at, kn = self.places(self.x.shape[1] * ld, bw * ld, 1, self.ins * ld)
         places = (at.ctypes.data, kn.ctypes.data, int(kn.size > 1), 0)
         address = 0 if bias is None else bias.data_ptr()
         out = (self.y.data_ptr(), line.outputs(self.y), t.groups, self.rows, self.outs, bh, address)
         sums = (1, (values.data_ptr(), bh * bw, bw, 1), t.crow.numpy(), places, out)
         source = (self.x.data_ptr(), line.inputs(self.x), self.x.shape[1], 0, line.reach)
-        count = -(-line.length // chunk)
-        parts = min(count, self.threads)
-        splits = -(-self.threads // parts)
-        tasks = [
-            _Task(chunks, outputs)
-            for chunks in _even(count, parts)
-            for outputs in _even(t.block_rows, splits)
-        ]
+        tasks = self.forward_tasks(chunk)
         self.run(tasks, chunk, source, (ld, bh), sums, _NO_DOTS, _NO_SOURCE, 0)
 
     def backward(self, x: Tensor | None, values: Tensor | None, dx: Tensor | None) -> Tensor:
         """Fill dx if there are values; return dw if there is x, else an empty tensor."""
         t, line = self.t, self.line
-        channels = self.y.shape[1]
-        if x is not None:
-            inner = self.panels * self.lanes * t.groups if self.kind == 2 else x.shape[1]
-            channels += line.phases * inner
-        parts = self.parts() if x is not None else self.threads
-        chunk = self.chunk(channels, parts)
-        front = -(-line.reach // self.lanes) * self.lanes
-        ld, ldx = self.stride(front + chunk), self.stride(chunk + line.reach)
+        parts, chunk, front, ld, ldx = self.backward_sizes(dots=x is not None)
         source = (self.y.data_ptr(), line.outputs(self.y), self.y.shape[1], front, 0)
         sums, dots, second, keep, outputs = _NO_SUMS, _NO_DOTS, _NO_SOURCE, None, 0
         if values is not None and dx is not None:
@@ -117,9 +102,10 @@ class Job:
         if x is not None:
             dots = self.dots(ldx)
             second = (x.data_ptr(), line.inputs(x), x.shape[1], line.reach)
-            # numpy's zeros are made where they are first touched, in the threads
-            dw = torch.from_numpy(np.zeros((parts, *t.values_shape), type(self.z)))
+            dw = self.y.new_empty(parts, *t.values_shape)  # tasks fill it, in their threads
         tasks = self.tasks(-(-line.length // chunk), parts, outputs, dw.numel())
+        if dw.numel():
+            dw[tasks[-1].part + 1 :] = 0
         self.run(tasks, chunk, source, (ld, t.block[1]), sums, dots, second, ldx, dw)
         del keep
         if x is None:
@@ -195,6 +181,73 @@ class Job:
 
     # ---- cutting
 
+    def forward_sizes(self) -> tuple[int, int]:
+        """Pixels of a chunk, and the row stride of x in scratch."""
+        chunk = self.chunk(self.line.phases * self.x.shape[1], self.threads)
+        return chunk, self.stride(chunk + self.line.reach)
+
+    def forward_tasks(self, chunk: int) -> list[_Task]:
+        """Runs of chunks, and where threads would be idle, ranges of block rows."""
+        count = -(-self.line.length // chunk)
+        parts = min(count, self.threads)
+        splits = -(-self.threads // parts)
+        return [
+            _Task(chunks, outputs)
+            for chunks in _even(count, parts)
+            for outputs in _even(self.t.block_rows, splits)
+        ]
+
+    def backward_sizes(self, *, dots: bool) -> tuple[int, int, int, int, int]:
+        """Parts of dw, pixels of a chunk, those ahead of it, row strides of dy and x in scratch."""
+        channels, line = self.y.shape[1], self.line
+        if dots:
+            channels += line.phases * self.inner
+        parts = self.parts() if dots else self.threads
+        chunk = self.chunk(channels, parts)
+        front = -(-line.reach // self.lanes) * self.lanes
+        return parts, chunk, front, self.stride(front + chunk), self.stride(chunk + line.reach)
+
+    @property
+    def inner(self) -> int:
+        """Channels of x in scratch, where the dots read it: in panels, or as they are."""
+        return self.panels * self.lanes * self.t.groups if self.kind == 2 else self.x.shape[1]
+
+    def planes(
+        self, source: tuple[int, int], edge: int, strides: tuple[int, int, int], phases: int
+    ) -> list[int]:
+        """Elements of scratch: the source, one block row of it, x for the dots, one line of x.
+
+        Args:
+            source: views and channels of what is copied first.
+            edge: rows of a block.
+            strides: of the source, of a block row, of x.
+            phases: views of x; 0 without dots.
+        """
+        ld, lda, ldx = strides
+        line = self.lanes * ldx if self.kind == 2 else 0
+        return [source[0] * source[1] * ld, edge * lda, phases * self.inner * ldx, line]
+
+    def forward_scratch(self) -> int:
+        """Elements that all threads hold at once."""
+        chunk, ld = self.forward_sizes()
+        source = self.line.phases, self.x.shape[1]
+        planes = self.planes(source, self.t.block[0], (ld, self.stride(chunk), 0), 0)
+        return min(self.threads, len(self.forward_tasks(chunk))) * sum(planes)
+
+    def backward_scratch(self, *, sums: bool, dots: bool) -> int:
+        """Elements that all threads hold at once, with the parts of dw if they are several."""
+        t, line = self.t, self.line
+        parts, chunk, _, ld, ldx = self.backward_sizes(dots=dots)
+        strides = ld, self.stride(chunk) if sums else 0, ldx if dots else 0
+        phases = line.phases if dots else 0
+        planes = self.planes((1, self.y.shape[1]), t.block[1], strides, phases)
+        weights = t.nnzb * t.block[0] * t.block[1]
+        outputs = line.phases * t.groups * self.columns if sums else 0
+        tasks = self.tasks(-(-line.length // chunk), parts, outputs, weights if dots else 0)
+        held = min(self.threads, len(tasks)) * sum(planes)
+        held += parts * weights if dots and parts > 1 else 0
+        return held + (weights if sums and t.block == (1, 1) else 0)
+
     def stride(self, pixels: int) -> int:
         """Row stride in scratch: an odd number of vectors, which spreads rows over cache sets."""
         return (-(-pixels // self.lanes) | 1) * self.lanes
@@ -238,9 +291,8 @@ class Job:
         """Run the tasks; `sizes` are the row stride of the source and the rows of a block."""
         ld, edge = sizes
         lda = self.stride(chunk) if sums[0] else 0
-        other = self.panels * self.lanes * self.t.groups if self.kind == 2 else second[2]
-        planes = [source[1].shape[0] * source[2] * ld, edge * lda]
-        planes += [second[1].shape[0] * other * ldx, self.lanes * ldx if self.kind == 2 else 0]
+        views = source[1].shape[0], source[2]
+        planes = self.planes(views, edge, (ld, lda, ldx), second[1].shape[0])
         starts = np.cumsum([0, *planes]).tolist()
         runs = (max(ld, ldx) // self.line.columns.extent) + 3
         chunked = (chunk, self.tile, self.line.length)
@@ -252,6 +304,7 @@ class Job:
             out = (*sums[4], *task.outputs)
             to = (dots[1][0], dots[1][1], *task.blocks)
             if dw is not None and dw.numel():
+                dw[task.part].numpy()[slice(*task.blocks)] = 0
                 to = (dw[task.part].data_ptr(), dots[1][1], *task.blocks)
             kernels.sweep(
                 self.z,

@@ -66,6 +66,25 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor
     return dx, dw
 
 
+def scratch(x: Tensor, t: Topology, *, dx: bool, dw: bool) -> int:
+    """Elements of packed tokens and reordered values that a product holds while it runs.
+
+    Args:
+        x: (M, cols); only its shape and dtype matter.
+        t: the topology.
+        dx: whether the input gradient is made.
+        dw: whether the weight gradient is; without either, the product is `spmm`.
+    """
+    job = _Job(t, x)
+    if job.wide:
+        return 0
+    tiles = -(-job.tokens // job.tile)
+    reordered = t.nnzb if dx and t.block == (1, 1) else 0
+    if dw:
+        return reordered + min(max(CHUNK, job.threads), tiles) * sum(t.shape) * job.tile
+    return reordered + min(tiles, job.threads) * t.shape[0 if dx else 1] * job.tile
+
+
 class _Job:
     """What all kernel calls of one product share: element type, addresses, how to split."""
 

@@ -6,6 +6,8 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
@@ -141,6 +143,7 @@ def resolve(
         DeviceError, DtypeError, ShapeError, UnavailableError: the named one can't run here.
     """
     check_impl(impl)
+    device = _assumed or device
     if impl is None:
         if device.type == "cpu":
             return "cpu"
@@ -151,6 +154,20 @@ def resolve(
     if impl == "triton":
         _check_triton(device, dtype, block)
     return impl
+
+
+_assumed: torch.device | None = None
+
+
+@contextmanager
+def assuming(device: torch.device) -> Iterator[None]:
+    """Resolve as if all tensors were on `device`: for counting with tensors that have no memory."""
+    global _assumed  # noqa: PLW0603  torch.compile guards on it, unlike on a context variable
+    before, _assumed = _assumed, device
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def has_triton() -> bool:
