@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 from sparsekern.blocks import Grid
+from sparsekern.errors import DtypeError
+
+
+def check_generator(generator: object) -> None:
+    """Raise `DtypeError` unless `generator` is None or a `torch.Generator`."""
+    if not isinstance(generator, torch.Generator | None):
+        raise DtypeError(
+            f"`generator` must be None or a torch.Generator; got {type(generator).__name__}"
+        )
 
 
 def sample_sorted(n: int, total: int, generator: torch.Generator | None = None) -> Tensor:

@@ -151,7 +151,9 @@ class Topology:
         Raises:
             ConfigError: `sparsity` outside [0, 1), `nnzb` out of range, or not exactly one given.
             ShapeError: a block edge is larger than the matrix.
+            DtypeError: `generator` is no torch.Generator.
         """
+        sampling.check_generator(generator)
         grid = Grid.of(shape, block, groups, taps)
         if (sparsity is None) == (nnzb is None):
             raise ConfigError("give exactly one of `sparsity` and `nnzb`")

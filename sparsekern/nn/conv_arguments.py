@@ -7,10 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.ops.layout import format_of
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+_REACH = {"reflect": 1, "circular": 0}  # pixels that a side needs besides those that it copies
 
 
 class Padding(NamedTuple):
@@ -30,8 +31,21 @@ class Padding(NamedTuple):
         """Pad the image by what the operator does not do itself, in its memory format."""
         if not self.before:
             return x
+        self._check_reach(x)
         padded = functional.pad(x, self.before, self.mode)
         return padded.contiguous(memory_format=format_of(x)) if x.dim() == 4 else padded
+
+    def _check_reach(self, x: Tensor) -> None:
+        """Raise `ShapeError` where there are fewer pixels than the mode copies to one side."""
+        if self.mode not in _REACH:
+            return
+        for i, side in enumerate(self.before):
+            size = x.shape[-1 - i // 2]
+            if side > size - _REACH[self.mode]:
+                raise ShapeError(
+                    f"`padding_mode` {self.mode!r} needs an input of at least "
+                    f"{side + _REACH[self.mode]} pixels for a padding of {side}; got {size}"
+                )
 
 
 def padding_of(

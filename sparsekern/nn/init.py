@@ -53,6 +53,7 @@ def draw_uniform_(
     tensor: Tensor, generator: torch.Generator | None = None, limit: float = 1.0
 ) -> Tensor:
     """Fill from U(-limit, limit), drawing on the generator's device: one serves all devices."""
+    check_generator(generator)
     if generator is None or generator.device == tensor.device:
         return tensor.uniform_(-limit, limit, generator=generator)
     drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)

@@ -61,10 +61,8 @@ class SparseLinear(SparseLayer):
         shape = (out_features, in_features)
         if topology is None:
             topology = Topology.random(shape, block, sparsity=sparsity, generator=generator)
-        elif topology.grid != Grid.of(shape, topology.block):
-            parts = topology.groups * topology.taps
-            cut = f" in {parts} parts" if parts > 1 else ""
-            raise ShapeError(f"`topology` must have shape {shape}; got {topology.shape}{cut}")
+        else:
+            _check_fits(topology, shape)
         super().__init__(topology.to(device or torch.get_default_device()), impl, dtype)
         self.in_features = in_features
         self.out_features = out_features
@@ -158,3 +156,12 @@ class SparseLinear(SparseLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._repr_facts()}"
         )
+
+
+def _check_fits(topology: Topology, shape: tuple[int, int]) -> None:
+    """Raise unless `topology` is one of a matrix of `shape`, in one part."""
+    check_topology(topology)
+    if topology.grid != Grid.of(shape, topology.block):
+        parts = topology.groups * topology.taps
+        cut = f" in {parts} parts" if parts > 1 else ""
+        raise ShapeError(f"`topology` must have shape {shape}; got {topology.shape}{cut}")

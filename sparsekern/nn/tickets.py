@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.blocks import Block, active_count, check_sparsity
-from sparsekern.errors import ConfigError, ShapeError, TopologyError
+from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.ops import block_norm
 from sparsekern.topology import Topology
 
@@ -44,8 +44,16 @@ def topology_of(
     return Topology.from_mask(weight, block, **parts)
 
 
+def check_topology(topology: object) -> None:
+    """Raise `DtypeError` unless it is a `Topology`."""
+    if not isinstance(topology, Topology):
+        raise DtypeError(f"`topology` must be a Topology; got {type(topology).__name__}")
+
+
 def check_mask(mask: Tensor, weight: Tensor) -> None:
-    """Raise `ShapeError` unless `mask` has the shape of the dense layer's `weight`."""
+    """Raise unless `mask` is a tensor of the shape of the dense layer's `weight`."""
+    if not isinstance(mask, Tensor):
+        raise DtypeError(f"`mask` must be a tensor; got {type(mask).__name__}")
     if mask.shape != weight.shape:
         raise ShapeError(
             f"`mask` must have the weight's shape {tuple(weight.shape)}; got {tuple(mask.shape)}"

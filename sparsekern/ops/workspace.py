@@ -97,7 +97,7 @@ def _triton(call: _Call) -> int:
     from sparsekern.kernels.launch import CHUNK_ELEMENTS  # noqa: PLC0415  triton is optional
 
     single = call.t.block == (1, 1)
-    # unstructured kernels read tokens, or the pixels of a row, side by side; blocks read channels so
+    # unstructured kernels read tokens, or a row of pixels, side by side; blocks read channels so
     turned = call.g is None or format_of(call.x) is torch.channels_last
     if single != turned:
         return 0
