@@ -1,6 +1,6 @@
 """Layers whose weights are sparse in memory."""
 
-from sparsekern.nn.base import SparseLayer, WeightView
+from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.recurrent import (
@@ -12,6 +12,7 @@ from sparsekern.nn.recurrent import (
     SparseRNN,
     SparseRNNCell,
 )
+from sparsekern.nn.view import WeightView
 
 __all__ = [
     "SparseConv1d",

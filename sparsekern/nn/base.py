@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,53 +11,13 @@ from torch import Tensor, nn
 from sparsekern import ops
 from sparsekern.errors import DtypeError, ShapeError, TopologyError
 from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
+from sparsekern.nn.view import WeightView
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
 from sparsekern.ops.dispatch import check_impl, resolve
 from sparsekern.topology import ARRAY_NAMES, Topology
 
 L = TypeVar("L", bound=nn.Module)
-
-
-class WeightView:
-    """Stands where `nn.Linear` has `weight`: answers for the dense matrix without storing it."""
-
-    def __init__(self, layer: SparseLayer) -> None:
-        self._layer = layer
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the dense weight, as torch's dense layer has it."""
-        return torch.Size(self._layer.weight_shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the values."""
-        return self._layer.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the values."""
-        return self._layer.values.device
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether the values are trained."""
-        return self._layer.values.requires_grad
-
-    @classmethod
-    def __torch_function__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to act as a tensor; torch's fused inference paths then step aside."""
-        raise DtypeError(
-            f"{getattr(func, '__name__', func)} needs a dense tensor; use layer.weight.to_dense()"
-        )
-
-    def to_dense(self) -> Tensor:
-        """The dense weight, made anew and detached; zero where nothing is active."""
-        return self._layer.dense_weight()
-
-    def __repr__(self) -> str:
-        return f"WeightView(shape={tuple(self.shape)}, dtype={self.dtype}, sparse)"
 
 
 class SparseLayer(nn.Module):
@@ -81,6 +41,7 @@ class SparseLayer(nn.Module):
     row_order: Tensor
     col_order: Tensor
     dense_mask: Tensor | None
+    _blank = False  # whether the index arrays are memory that nothing was written to
 
     def __init__(self, topology: Topology, impl: str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -94,7 +55,8 @@ class SparseLayer(nn.Module):
         self._cut = topology.groups, topology.taps
         self._capture_key = 0
         for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
-            self.register_buffer(name, array)
+            # a copy: an update overwrites it, and the topology may be another layer's
+            self.register_buffer(name, array.clone())
         mask = topology.to_mask() if impl == "masked" else None
         self.register_buffer("dense_mask", mask, persistent=False)
         shape = topology.values_shape if mask is None else topology.shape
@@ -104,7 +66,16 @@ class SparseLayer(nn.Module):
 
     @property
     def topology(self) -> Topology:
-        """The current connections; shares memory with the buffers."""
+        """The current connections; shares memory with the buffers.
+
+        Raises:
+            TopologyError: they are not known, as after `to_empty` of a layer on the meta device.
+        """
+        self.check_known()
+        return self._held()
+
+    def _held(self) -> Topology:
+        """What the buffers hold, whether or not it means anything."""
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAY_NAMES}
         groups, taps = self._cut
         return Topology(self.matrix_shape, self.block, **arrays, groups=groups, taps=taps)
@@ -139,7 +110,7 @@ class SparseLayer(nn.Module):
         """The implementation that a forward pass would use now."""
         if self.impl == "masked":
             return "masked"
-        like, density = self.values, self.topology.block_density
+        like, density = self.values, self._held().block_density
         return resolve(self.impl, like.device, like.dtype, self.block, density)
 
     def mask(self) -> Tensor:
@@ -218,6 +189,7 @@ class SparseLayer(nn.Module):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, values and bias, in autocast's dtype where that is on; float64 stays."""
+        self.check_known()
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         kind = x.device.type
@@ -254,6 +226,21 @@ class SparseLayer(nn.Module):
 
     # ---- torch plumbing
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast; memory that the meta device's index arrays get holds no connections yet."""
+        was_meta = self.col.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._blank = self._blank or (was_meta and not self.col.is_meta)
+        return self
+
+    def check_known(self) -> None:
+        """Raise `TopologyError` if the index arrays were never filled: kernels trust them."""
+        if self._blank:
+            raise TopologyError(
+                "the layer came from the meta device by `to_empty` and has no connections yet: "
+                "load a state_dict first"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         # a copy is not observed: its gradients belong to no update of the original
         return self.__dict__ | {"_capture_key": 0}
@@ -266,6 +253,8 @@ class SparseLayer(nn.Module):
         if present:
             self._check_state(state_dict, prefix, present)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if present:
+            self._blank = self._blank and self.col.is_meta
         if self.dense_mask is not None:
             self.dense_mask.copy_(self.topology.to_mask())
 
@@ -275,17 +264,21 @@ class SparseLayer(nn.Module):
                 f"state of {prefix!r} must hold values and all of {ARRAY_NAMES}; got only {present}"
             )
         arrays = [state[prefix + name] for name in ARRAY_NAMES]
-        incoming = self.topology.with_arrays(arrays).validate()
+        own = self._held()
+        incoming = own.with_arrays(arrays).validate()
         shape = state[prefix + "values"].shape
-        if incoming.nnzb != self.topology.nnzb or shape != self.values.shape:
+        if incoming.nnzb != own.nnzb or shape != self.values.shape:
             raise ShapeError(
-                f"state of {prefix!r} must have {self.topology.nnzb} active blocks and values of "
+                f"state of {prefix!r} must have {own.nnzb} active blocks and values of "
                 f"shape {tuple(self.values.shape)}; got {incoming.nnzb} and {tuple(shape)}"
             )
 
     def _repr_facts(self) -> str:
         block = self.block[0] if self.block[0] == self.block[1] else self.block
         impl = self.impl or f"{self.resolved_impl} (auto)"
+        held = self._held()
+        if self._blank or (self.col.is_meta and held.grid.ragged):  # how many, not where
+            return f"block={block}, active_blocks={held.nnzb}, impl={impl}"
         return f"block={block}, sparsity={self.sparsity:.4g}, nnz={self.nnz}, impl={impl}"
 
 

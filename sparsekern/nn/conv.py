@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
-from sparsekern.blocks import Block, Grid
+from sparsekern.blocks import Block
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.geometry import ConvGeometry
 from sparsekern.nn.base import SparseLayer
-from sparsekern.nn.conv_arguments import Padding, check_channels, check_groups, padding_of
+from sparsekern.nn.conv_arguments import (
+    Padding,
+    check_channels,
+    check_cut,
+    check_groups,
+    padding_of,
+)
 from sparsekern.nn.init import draw_uniform_
-from sparsekern.nn.tickets import check_mask, check_topology, topology_of
+from sparsekern.nn.tickets import check_mask, topology_of
 from sparsekern.ops import GrowScores
 from sparsekern.ops.masked import dense_conv2d, to_kernel, to_matrix
 from sparsekern.topology import Topology
@@ -116,7 +122,7 @@ class SparseConv(SparseLayer):
                 generator=generator,
             )
         else:
-            _check_fits(topology, shape, groups, geometry.taps)
+            check_cut(topology, shape, groups, geometry.taps)
         check_groups(topology.nnzb, groups)
         super().__init__(topology.to(device or torch.get_default_device()), impl, dtype)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
@@ -324,13 +330,3 @@ def _arguments(module: nn.Conv1d | nn.Conv2d | SparseConv) -> tuple[Any, ...]:
         module.bias is not None,
         module.padding_mode,
     )
-
-
-def _check_fits(topology: Topology, shape: tuple[int, int], groups: int, taps: int) -> None:
-    """Raise unless `topology` is one of a convolution's matrix, cut in the same parts."""
-    check_topology(topology)
-    if topology.grid != Grid.of(shape, topology.block, groups, taps):
-        raise ShapeError(
-            f"`topology` must have shape {shape}, {groups} groups and {taps} taps; "
-            f"got {topology.shape}, {topology.groups} and {topology.taps}"
-        )

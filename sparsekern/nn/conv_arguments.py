@@ -7,8 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
+from sparsekern.blocks import Grid
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
+from sparsekern.nn.tickets import check_topology
 from sparsekern.ops.layout import format_of
+from sparsekern.topology import Topology
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _REACH = {"reflect": 1, "circular": 0}  # pixels that a side needs besides those that it copies
@@ -115,4 +118,14 @@ def check_groups(blocks: int, groups: int) -> None:
         raise ConfigError(
             f"each of {groups} groups needs an active block; got {blocks} in all: leave such a "
             "convolution dense, or ask for less sparsity"
+        )
+
+
+def check_cut(topology: Topology, shape: tuple[int, int], groups: int, taps: int) -> None:
+    """Raise unless `topology` is one of a convolution's matrix, cut in the same parts."""
+    check_topology(topology)
+    if topology.grid != Grid.of(shape, topology.block, groups, taps):
+        raise ShapeError(
+            f"`topology` must have shape {shape}, {groups} groups and {taps} taps; "
+            f"got {topology.shape}, {topology.groups} and {topology.taps}"
         )

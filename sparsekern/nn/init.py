@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekern.sampling import check_generator
 from sparsekern.topology import Topology
 
 TORCH_GAIN = math.sqrt(1 / 3)

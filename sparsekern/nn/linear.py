@@ -12,7 +12,7 @@ from sparsekern.blocks import Block, Grid
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.init import draw_uniform_
-from sparsekern.nn.tickets import check_mask, topology_of
+from sparsekern.nn.tickets import check_mask, check_topology, topology_of
 from sparsekern.topology import Topology
 
 

@@ -117,6 +117,7 @@ def recipe_of(layer: nn.Module, dtype: torch.dtype) -> Recipe:
     if not isinstance(layer, SparseLayer):
         weight: Any = layer.weight
         return Recipe(_Dense, (weight.to(dtype),), bias)
+    layer.check_known()
     values = layer.values.to(dtype)
     if layer.dense_mask is not None:
         return Recipe(_Dense, (values, layer.dense_mask), bias)
