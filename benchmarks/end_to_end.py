@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.end_to_end_data import images, text
 from benchmarks.environment import RESULTS, environment
-from benchmarks.memory import peak_bytes
 from benchmarks.models import small_gpt
 from benchmarks.paired import ratios
 from sparsekern.accounting import held_bytes
 from sparsekern.config import TrainConfig
 from sparsekern.data import Dataset
+from sparsekern.profiling.memory import peak_bytes
 from sparsekern.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training import Trainer, total_steps

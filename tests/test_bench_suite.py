@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import cpu_tables, end_to_end, end_to_end_data  # noqa: E402
-from benchmarks.memory import peak_bytes  # noqa: E402
 from benchmarks.paired import Beside, Run, quartiles, ratios  # noqa: E402
 from benchmarks.suite import __main__ as driver  # noqa: E402
 from benchmarks.suite import (  # noqa: E402
@@ -27,6 +26,7 @@ from benchmarks.suite import (  # noqa: E402
     problem,
 )
 from sparsekern.bench.results import read  # noqa: E402
+from sparsekern.profiling.memory import peak_bytes  # noqa: E402
 
 FAMILIES = {
     "linear": bench_linear,

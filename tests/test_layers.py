@@ -298,3 +298,13 @@ def test_weight_view_makes_fused_inference_paths_step_aside():
     assert expected.shape == x.shape
     with pytest.raises(DtypeError, match=r"use layer\.weight\.to_dense"):
         torch.add(encoder.linear1.weight, 1)
+
+
+def test_layers_made_from_one_topology_do_not_share_it():
+    """An update of one overwrites its index arrays; the other must keep its own."""
+    first = SparseLinear(32, 32, sparsity=0.5, block=16)
+    second = SparseLinear(32, 32, topology=first.topology)
+    before = second.topology.digest()
+    for name in ("crow", "col", "ccol", "row", "perm"):
+        getattr(first, name).zero_()
+    assert second.topology.digest() == before

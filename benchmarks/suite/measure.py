@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from benchmarks.memory import peak_bytes
 from benchmarks.paired import Beside, quartiles, ratios
 from benchmarks.suite.problem import Contender, Facts, Problem, able, ceilings, check
 from sparsekern.accounting import held_bytes
+from sparsekern.profiling.memory import peak_bytes
 
 SECONDS = 1.2
 """About how long the rounds of a case take, all contenders together."""

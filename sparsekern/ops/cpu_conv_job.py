@@ -235,7 +235,7 @@ class Job:
         return min(self.threads, len(self.forward_tasks(chunk))) * sum(planes)
 
     def backward_scratch(self, *, sums: bool, dots: bool) -> int:
-        """Elements that all threads hold at once, with the parts of dw if they are several."""
+        """Elements that all threads hold at once, or the parts of dw and their sum, less that sum."""
         t, line = self.t, self.line
         parts, chunk, _, ld, ldx = self.backward_sizes(dots=dots)
         strides = ld, self.stride(chunk) if sums else 0, ldx if dots else 0
@@ -245,8 +245,10 @@ class Job:
         outputs = line.phases * t.groups * self.columns if sums else 0
         tasks = self.tasks(-(-line.length // chunk), parts, outputs, weights if dots else 0)
         held = min(self.threads, len(tasks)) * sum(planes)
-        held += parts * weights if dots and parts > 1 else 0
-        return held + (weights if sums and t.block == (1, 1) else 0)
+        held += weights if sums and t.block == (1, 1) else 0
+        if not dots or parts == 1:
+            return held
+        return max(held + (parts - 1) * weights, parts * weights)
 
     def stride(self, pixels: int) -> int:
         """Row stride in scratch: an odd number of vectors, which spreads rows over cache sets."""

@@ -22,9 +22,6 @@ from sparsekern.topology import Topology
 
 ENTRY_BYTES = 40
 """Of `cpu_csr` for each entry of a block: its place and feature, as int64 and int32, and copies."""
-COPIES = 3
-"""Of `cpu_conv_torch`: pixels cut out, unfolded, and the product."""
-
 _PRODUCTS: dict[str, tuple[bool, bool, bool]] = {
     "spmm": (True, False, False),
     "spmm_t": (False, True, False),
@@ -107,7 +104,8 @@ def _triton(call: _Call) -> int:
 def _cpu(call: _Call) -> int:
     kind = cpu_choice.compute_dtype(call.x.dtype)
     # 16-bit operands and results are held once more in float32
-    wide = 0 if kind is call.x.dtype else kind.itemsize * (call.x.numel() + call.y.numel())
+    numbers = call.x.numel() + call.y.numel() + 2 * _stored(call.t) + call.t.shape[0]
+    wide = 0 if kind is call.x.dtype else kind.itemsize * numbers
     if call.g is None:
         name = cpu_choice.backend_for(call.t, call.x.dtype)
         return wide + _LINEAR[name](call)
@@ -134,7 +132,7 @@ def _csr(call: _Call) -> int:
     from sparsekern.ops.cpu_csr import DOT_TOKENS, TOKENS  # noqa: PLC0415  loaded where it runs
 
     t, size = call.t, cpu_choice.compute_dtype(call.x.dtype).itemsize
-    weights = t.nnzb * t.block[0] * t.block[1]
+    weights = _stored(t)
     tokens = DOT_TOKENS if call.products[2] else TOKENS
     chunk = min(len(call.x), tokens) * (t.block_rows * t.block[0] + t.block_cols * t.block[1])
     return size * chunk + ENTRY_BYTES * weights
@@ -154,16 +152,22 @@ def _line(call: _Call) -> int:
     return kind.itemsize * elements
 
 
+def _stored(t: Topology) -> int:
+    return t.nnzb * t.block[0] * t.block[1]
+
+
 def _unfolded(call: _Call) -> int:
     from sparsekern.ops.cpu_conv_torch import ELEMENTS  # noqa: PLC0415  loaded where it runs
 
     x, y, t, *_ = call
-    most = max(min(ELEMENTS, (x.numel() + y.numel()) // 4), t.block_cols * t.block[1])
-    values = t.nnzb * t.block[0] * t.block[1]
-    window = COPIES * most + values
-    return window * x.element_size() + (
-        ENTRY_BYTES * values if min(t.block) < cpu_choice.BLAS_EDGE else 0
-    )
+    columns = t.block_cols * t.block[1]
+    most = max(min(ELEMENTS, (x.numel() + y.numel()) // 4), columns)
+    pixels = most // columns
+    # pixels cut out, padded and unfolded; what goes into or comes out of the product, twice
+    window = 3 * most + 2 * pixels * t.shape[0] + 2 * _stored(t)
+    unfolded = call._replace(x=x.new_empty(pixels, columns), g=None)
+    linear = _LINEAR[cpu_choice.backend_for(t, x.dtype)]
+    return window * x.element_size() + linear(unfolded)
 
 
 _LINEAR: dict[str, Callable[[_Call], int]] = {"jit": _jit, "blas": lambda _: 0, "csr": _csr}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sparsekern.accounting import held_bytes, synchronize
-from sparsekern.profiling.memory import measured_peak
+from sparsekern.profiling.memory import peak_bytes
 from sparsekern.profiling.step import Loss, clear, forward, training_step
 from sparsekern.profiling.twin import Twin
 
@@ -48,7 +48,7 @@ def measured(twin: Twin, loss: Loss, device: torch.device, seconds: float) -> Me
         training_step(twin, loss)
         clear(twin)
     held = _held(twin)
-    peak = held + measured_peak(lambda: training_step(twin, loss), device)
+    peak = held + peak_bytes(lambda: training_step(twin, loss), device)
     forwards: list[float] = []
     steps: list[float] = []
     end = time.monotonic() + seconds

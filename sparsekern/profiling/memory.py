@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -69,27 +71,49 @@ class Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
         return out
 
 
-def measured_peak(step: Any, device: torch.device) -> int:
-    """Most bytes that torch's allocator handed out during `step()`, beyond those it held before.
+def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The most bytes that `run` holds at once of what it allocates itself.
 
-    On a GPU the allocator counts by itself; on the CPU torch's profiler records every block that is
-    handed out and given back.
+    What was there before does not count, not even when `run` frees it. On the CPU every request to
+    torch's allocator is seen, those inside operators too; scratch memory that a library takes from
+    the system by itself is not. On CUDA it is the allocator's own peak.
+
+    Args:
+        run: called once, with what it needs warmed up.
+        device: where it works.
     """
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
+        run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr when it starts and stops
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profiler:
-        step()
-    recorded: Any = profiler.profiler
-    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of each start and stop else
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    held = peak = 0
+    alive: dict[int, int] = {}
+    for address, size in _requests(record):
+        if size > 0:
+            alive[address] = size
+            held += size
+            peak = max(peak, held)
+        else:  # the profiler also tells of blocks that an earlier record saw made
+            held -= alive.pop(address, 0)
     return peak
+
+
+def _requests(record: profile) -> Iterator[tuple[int, int]]:
+    """Address and bytes of what was allocated, and less than 0 of what was freed, in time."""
+    results = record.profiler.kineto_results if record.profiler else None
+    left = [] if results is None else list(results.experimental_event_tree())
+    found = []
+    while left:
+        event = left.pop()
+        left += event.children
+        kind = event.typed[0]
+        fields: Any = event.typed[1]
+        if kind.name == "Allocation":
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    for _, address, size in sorted(found, key=lambda request: request[0]):
+        yield address, size
