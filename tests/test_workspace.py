@@ -117,7 +117,7 @@ def test_without_numba_they_are_upper_bounds(name, layer):
 def test_16_bit_types_are_held_once_more_in_float32(dtype, block):
     layer = SparseLinear(128, 192, sparsity=0.5, block=block, dtype=dtype)
     for func, args in calls(layer, torch.randn(70, 128, dtype=dtype)):
-        assert 4 * 70 * (128 + 192) <= workspace_bytes(func, args)
+        assert workspace_bytes(func, args) >= 4 * 70 * (128 + 192)
         assert beside_results(func, args) <= workspace_bytes(func, args)
 
 

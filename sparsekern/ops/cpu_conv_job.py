@@ -235,7 +235,7 @@ class Job:
         return min(self.threads, len(self.forward_tasks(chunk))) * sum(planes)
 
     def backward_scratch(self, *, sums: bool, dots: bool) -> int:
-        """Elements that all threads hold at once, or the parts of dw and their sum, less that sum."""
+        """Elements that all threads hold at once, or the parts of dw and their sum less the sum."""
         t, line = self.t, self.line
         parts, chunk, _, ld, ldx = self.backward_sizes(dots=dots)
         strides = ld, self.stride(chunk) if sums else 0, ldx if dots else 0
