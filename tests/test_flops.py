@@ -19,7 +19,7 @@ from sparsekern.topology import Topology
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS = [
     "cpu",
-    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")),
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="not interpreted")),
     "dense",
 ]
 # layer, input, how often each weight is applied

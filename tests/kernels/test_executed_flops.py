@@ -118,8 +118,8 @@ def measured(run, operands):
 # ---- linear
 
 FILLED = {
-    "bsr": (((256, 256), 16, 8), ("fp32", "fp16", "bf16"), "_bsr_{}_kernel"),
-    "bsr-wide": (((256, 256), (32, 16), 8), ("fp32",), "_bsr_{}_kernel"),
+    "bsr": (((128, 128), 16, 8), ("fp32", "fp16", "bf16"), "_bsr_{}_kernel"),
+    "bsr-wide": (((128, 256), (32, 16), 8), ("fp32",), "_bsr_{}_kernel"),
     "tma": (((512, 512), 64, 4), ("fp16", "bf16"), "_bsr_{}_tma_kernel"),
     "tma-long": (((512, 512), (64, 64), 8), ("fp16",), "_bsr_{}_tma_kernel"),
     "csr": (((64, 64), 1, 32), ("fp32", "fp16"), "_csr_{}_kernel"),
@@ -187,7 +187,7 @@ def test_grow_scores_compute_the_dense_gradient(dtype, rows):
 SAME = ConvGeometry((3, 3), padding=(1, 1))
 HALVED = ConvGeometry((2, 2), stride=(2, 2))  # each phase of the input meets one tap
 CONV_FILLED = {
-    "bsr-same": (((288, 288), 16, 8, 1, 9), SAME, (8, 8), ("fp32", "fp16")),
+    "bsr-same": (((144, 288), 16, 8, 1, 9), SAME, (8, 8), ("fp32", "fp16")),
     "bsr-halved": (((256, 256), 16, 8, 1, 4), HALVED, (16, 16), ("bf16",)),
     "bsr-wide": (((256, 256), 64, 4, 1, 4), HALVED, (16, 16), ("fp16",)),
     "csr-same": (((72, 144), 1, 32, 1, 9), SAME, (8, 8), ("fp32",)),
@@ -287,7 +287,7 @@ def test_the_meter_notices_a_product_made_twice(kernel, tmp_path, monkeypatch):
     made = doubled(module, line, tmp_path)
     original = importlib.import_module(f"sparsekern.kernels.{module}")
     if "conv2d" in kernel:
-        o = Conv.make(regular((256, 256), 16, 8, 1, 4), HALVED, 4, (16, 16), torch.float32)
+        o = Conv.make(regular((256, 256), 16, 8, 1, 4), HALVED, 1, (16, 16), torch.float32)
         run = CONV[kernel.removeprefix("_bsr_").removesuffix("_kernel")]
     else:
         o = Linear.make(regular((64, 64), 1 if "csr" in kernel else 16, 4), 128, torch.float32)
