@@ -353,6 +353,16 @@ def test_its_forms_agree():
         assert all(row.name in text for row in report.layers)
 
 
+def test_each_layer_has_a_measured_time():
+    model, x = made("gpt", 16)
+    report = sk.profile(model, x, seconds=0.0)
+    names = [row.name for row in report.layers if row.name != "(other)"]
+    assert list(report.measured.layer_seconds) == names
+    assert report.totals["measured_layer_seconds"] == sum(
+        report.measured.layer_seconds[row.name] for row in report.layers if row.weights
+    )
+
+
 def test_measuring_that_fails_leaves_the_prediction(monkeypatch):
     model, x = made("mlp", 16)
 

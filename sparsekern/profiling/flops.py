@@ -7,24 +7,20 @@ among them; each is asked twice, for what is executed and for the dense layer in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sparsekern.ops import flops  # noqa: F401  registers the formulas of the sparse operators
 from sparsekern.ops.workspace import workspace_bytes
-
-OTHER = ""
-"""What no layer does: products between activations, as in attention."""
+from sparsekern.profiling.watch import OTHER, Watch, tensors
 
 
 @dataclass
@@ -66,10 +62,7 @@ class StepCount:
 
 
 class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
-    """Counts a forward and a backward pass while they run.
-
-    Forward, the innermost of the `layers` that is running gets what is executed. Backward, an
-    autograd node belongs to the layer that made it.
+    """Counts a forward and a backward pass while they run, layer by layer.
 
     Args:
         layers: by name; none contains another.
@@ -79,100 +72,33 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
     def __init__(self, layers: Mapping[str, nn.Module], ignored: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = StepCount({name: Count() for name in (*layers, OTHER)})
-        self._layers = layers
-        self._running: list[str] = []  # layers in their forward
-        self._node = OTHER  # whose node autograd is at
-        self._backward = False
-        self._owned: set[Node] = set()
+        self._watch = Watch(layers, on_call=self._called)
         self._saved = ignored
         self._kept: list[Any] = []  # storages stay, so that no address is used twice
 
-    # ---- to be used in this order
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Know which layer is in its forward, also while it is run again for backward."""
-        with ExitStack() as stack:
-            for name, layer in self._layers.items():
-                for handle in self._watch(name, layer):
-                    stack.callback(handle.remove)
-            yield
-
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Count a forward pass."""
-        with saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
-            yield
-
-    @contextmanager
-    def backward(self, loss: Tensor) -> Iterator[None]:
-        """Count the backward pass of `loss`."""
-        self._own(OTHER, [loss.grad_fn], set(), through=True)
-        self._backward, self._node = True, OTHER
-        with self:
-            yield
-        self._owned.clear()
+    def step(self, forward: Callable[[], Tensor]) -> StepCount:
+        """Count `forward`, which returns a loss, and the backward pass."""
+        with self._watch.watching():
+            with saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
+                loss = forward()
+            self._watch.turn(loss)
+            with self:
+                torch.autograd.backward(loss)
         self._kept.clear()
+        return self.count
 
-    # ---- forward
-
-    def _watch(self, name: str, layer: nn.Module) -> Iterator[Any]:
-        before: list[set[Any]] = []
-
-        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._running.append(name)
-            if self._backward:
-                return
-            before.append(set(_nodes((args, kwargs))))
-
-        def leave(_module: nn.Module, args: Any, output: Any) -> None:
-            self._running.pop()
-            if self._backward:  # run again, to make what was not saved
-                return
-            count = self.count.layers[name]
-            count.calls += 1
-            count.numbers += sum(t.numel() for t in _tensors((args, output)))
-            self._own(name, _nodes(output), before.pop())
-
-        yield layer.register_forward_pre_hook(enter, with_kwargs=True)
-        yield layer.register_forward_hook(leave)
-
-    def _own(self, name: str, last: list[Any], stop: set[Any], *, through: bool = False) -> None:
-        """Nodes between these and `stop` that nobody owns yet set the layer when they run.
-
-        The way ends at nodes that have an owner, or leads `through` them.
-        """
-
-        def at(_gradients: Any) -> None:
-            self._node = name
-            self._running.clear()  # a forward that is run again ends early, by an exception
-
-        todo, seen = [node for node in last if node is not None], set(stop)
-        while todo:
-            node = todo.pop()
-            if node in seen or (node in self._owned and not through):
-                continue
-            seen.add(node)
-            if node not in self._owned:
-                self._owned.add(node)
-                node.register_prehook(at)
-            todo.extend(following for following, _ in node.next_functions if following is not None)
+    def _called(self, name: str, values: Any) -> None:
+        count = self.count.layers[name]
+        count.calls += 1
+        count.numbers += sum(tensor.numel() for tensor in tensors(values))
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._saved:
             self._saved.add(storage._cdata)
             self._kept.append(storage)
-            self.count.layers[self._here()].saved_bytes += storage.nbytes()
+            self.count.layers[self._watch.here].saved_bytes += storage.nbytes()
         return tensor
-
-    # ---- operators
-
-    def _here(self) -> str:
-        """The layer at work; one that runs its forward again in backward is still in forward."""
-        if self._running:
-            return self._running[-1]
-        return self._node if self._backward else OTHER
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -189,7 +115,7 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
-        count = self.count.layers[self._here()]
+        count = self.count.layers[self._watch.here]
         count.workspace_bytes = max(count.workspace_bytes, workspace_bytes(func, args))
         if packet in flop_registry:
             self._add(packet, args, kwargs, out)
@@ -202,22 +128,13 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
         executed = dense = int(formula(*args, **kwargs, out_val=out))
         if packet._qualified_op_name.startswith("sparsekern::") and isinstance(args[-1], str):
             dense = int(formula(*args[:-1], "dense", **kwargs, out_val=out))
-        count = self.count.layers[self._here()]
-        if self._backward:
+        count = self.count.layers[self._watch.here]
+        if self._watch.backward:
             count.backward += executed
             count.backward_dense += dense
         else:
             count.forward += executed
             count.forward_dense += dense
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _nodes(values: Any) -> list[Any]:
-    """Autograd nodes of the tensors among these."""
-    return [tensor.grad_fn for tensor in _tensors(values) if tensor.grad_fn is not None]
 
 
 def _is_free(func: Any) -> bool:

@@ -13,10 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from sparsekern.accounting import held_bytes, synchronize
 from sparsekern.profiling.memory import peak_bytes
+from sparsekern.profiling.rows import layers_of
 from sparsekern.profiling.step import Loss, clear, forward, training_step
 from sparsekern.profiling.twin import Twin
+from sparsekern.profiling.watch import OTHER, Watch
 
 WARM_UPS = 2
+LEAST_ROUNDS = 3
 
 
 class Measured(NamedTuple):
@@ -28,6 +31,8 @@ class Measured(NamedTuple):
         rounds: that the medians are of.
         held_bytes: parameters, buffers, optimizer state and inputs, read off the tensors.
         peak_bytes: those and the most that torch's allocator held besides during a step.
+        layer_seconds: median of each layer's forward and backward, by name; taken apart from the
+            steps above, as looking between layers takes time too.
     """
 
     forward_seconds: float
@@ -35,6 +40,7 @@ class Measured(NamedTuple):
     rounds: int
     held_bytes: int
     peak_bytes: int
+    layer_seconds: dict[str, float]
 
 
 def measured(twin: Twin, loss: Loss, device: torch.device, seconds: float) -> Measured:
@@ -51,12 +57,45 @@ def measured(twin: Twin, loss: Loss, device: torch.device, seconds: float) -> Me
     peak = held + peak_bytes(lambda: training_step(twin, loss), device)
     forwards: list[float] = []
     steps: list[float] = []
+    layers: list[dict[str, float]] = []
     end = time.monotonic() + seconds
-    while len(steps) < 3 or time.monotonic() < end:
+    while len(steps) < LEAST_ROUNDS or time.monotonic() < end:
         clear(twin)
         forwards.append(_timed(lambda: forward(twin, loss), device))
         steps.append(_timed(lambda: training_step(twin, loss), device))
-    return Measured(statistics.median(forwards), statistics.median(steps), len(steps), held, peak)
+        clear(twin)
+        layers.append(_by_layer(twin, loss, device))
+    return Measured(
+        forward_seconds=statistics.median(forwards),
+        step_seconds=statistics.median(steps),
+        rounds=len(steps),
+        held_bytes=held,
+        peak_bytes=peak,
+        layer_seconds={name: statistics.median(one[name] for one in layers) for name in layers[0]},
+    )
+
+
+def _by_layer(twin: Twin, loss: Loss, device: torch.device) -> dict[str, float]:
+    """Seconds of forward and backward that each layer was at work."""
+    layers = layers_of(twin.model)
+    spent = dict.fromkeys((*layers, OTHER), 0.0)
+    since = time.perf_counter()
+
+    def changed() -> None:
+        nonlocal since
+        synchronize(device)
+        now = time.perf_counter()
+        spent[watch.here] += now - since
+        since = time.perf_counter()
+
+    watch = Watch(layers, on_change=changed)
+    with watch.watching():
+        value = forward(twin, loss)
+        watch.turn(value)
+        torch.autograd.backward(value)
+        changed()
+    del spent[OTHER]
+    return spent
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

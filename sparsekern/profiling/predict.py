@@ -76,13 +76,8 @@ def _counted(twin: Twin, loss: Loss) -> StepCount:
         torch.backends.cudnn.flags(enabled=False),
         torch.backends.mkldnn.flags(False, None, None, None),
         sdpa_kernel(SDPBackend.MATH),
-        counter.watching(),
     ):
-        with counter.forward():
-            value = forward(twin, loss)
-        with counter.backward(value):
-            torch.autograd.backward(value)
-    return counter.count
+        return counter.step(lambda: forward(twin, loss))
 
 
 def _lifetimes(twin: Twin, loss: Loss) -> tuple[int, int]:

@@ -17,7 +17,7 @@ FORMAT = 1
 _LEFT = 3  # columns of text
 _HEAD = (
     "layer", "type", "weight", "block", "density", "impl", "forward", "step", "x dense", "held",
-    "x dense", "saved", "workspace", "ms",
+    "x dense", "saved", "workspace", "ms", "measured",
 )  # fmt: skip
 
 
@@ -71,15 +71,27 @@ class Report:
             "workspace_bytes": max((r.workspace_bytes for r in self.layers), default=0),
             "predicted_peak_bytes": self.peak_bytes,
             "measured_peak_bytes": None if measured is None else measured.peak_bytes,
-            "predicted_products_seconds": sum(self.seconds.values()),
+            "predicted_layer_seconds": sum(self.seconds.values()),
+            "measured_layer_seconds": self._measured_layers,
             "measured_forward_seconds": None if measured is None else measured.forward_seconds,
             "measured_step_seconds": None if measured is None else measured.step_seconds,
         }
 
+    @property
+    def _measured_layers(self) -> float | None:
+        """Seconds of those layers that there is a prediction for."""
+        if self.measured is None:
+            return None
+        return sum(self.measured.layer_seconds[name] for name in self.seconds)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, in values that JSON knows; `layers` and `totals` hold the FLOPs and bytes."""
+        measured = {} if self.measured is None else self.measured.layer_seconds
         layers = [
-            row.as_dict() | {"predicted_seconds": self.seconds.get(row.name)} for row in self.layers
+            row.as_dict()
+            | {"predicted_seconds": self.seconds.get(row.name)}
+            | {"measured_seconds": measured.get(row.name)}
+            for row in self.layers
         ]
         return {
             "format": FORMAT,
@@ -144,12 +156,14 @@ def _layer_cells(report: Report) -> list[list[str]]:
         "total", "", "", "", _share(total["density"]), "", _flops(total["forward_flops"]),
         _flops(total["step_flops"]), _ratio(total["flops_ratio"]), _bytes(total["held_bytes"]),
         _ratio(total["held_ratio"]), _bytes(total["saved_bytes"]),
-        _bytes(total["workspace_bytes"]), _ms(total["predicted_products_seconds"]),
+        _bytes(total["workspace_bytes"]), _ms(total["predicted_layer_seconds"]),
+        _ms(total["measured_layer_seconds"]),
     ]  # fmt: skip
-    return [list(_HEAD), *(_row_cells(row, report.seconds.get(row.name)) for row in rows), last]
+    return [list(_HEAD), *(_row_cells(report, row) for row in rows), last]
 
 
-def _row_cells(row: LayerRow, seconds: float | None) -> list[str]:
+def _row_cells(report: Report, row: LayerRow) -> list[str]:
+    measured = {} if report.measured is None else report.measured.layer_seconds
     held = row.held_bytes / row.held_bytes_dense if row.held_bytes_dense else None
     return [
         row.name,
@@ -165,7 +179,8 @@ def _row_cells(row: LayerRow, seconds: float | None) -> list[str]:
         _ratio(held),
         _bytes(row.saved_bytes),
         _bytes(row.workspace_bytes),
-        _ms(seconds),
+        _ms(report.seconds.get(row.name)),
+        _ms(measured.get(row.name)),
     ]
 
 
@@ -190,7 +205,11 @@ def _step_cells(report: Report) -> list[list[str]]:
         ["held before it", _bytes(report.held_bytes), _bytes(m.held_bytes) if m else "-"],
         ["peak", _bytes(report.peak_bytes), _bytes(m.peak_bytes) if m else "-"],
         ["forward ms", "-", _ms(m.forward_seconds) if m else "-"],
-        ["products ms", _ms(report.totals["predicted_products_seconds"]), "-"],
+        [
+            "layers with weights ms",
+            _ms(report.totals["predicted_layer_seconds"]),
+            _ms(report.totals["measured_layer_seconds"]) or "-",
+        ],
         ["whole step ms", "-", _ms(m.step_seconds) if m else "-"],
     ]
 
@@ -200,7 +219,8 @@ def _notes(report: Report) -> list[str]:
         f"FLOPs: executed; {FLOP_CONVENTION}.",
         "held: parameters, buffers, gradients, optimizer state and indices; saved: activations "
         "for backward; x dense: against the same layer without sparsity.",
-        "ms: predicted from the planner's tables, for the products of layers with weights.",
+        "ms: forward and backward, predicted from the planner's tables for layers with weights, "
+        "and measured; the totals are of these layers.",
         f"methods: Evci et al. 2020, appendix H, an update every {report.update_freq} steps"
         + (f"; * in use: {report.method}." if report.method else "."),
     ]

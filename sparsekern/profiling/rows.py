@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.kinds import SPARSE_TYPES, weights_of
 from sparsekern.nn.recurrent_base import SparseRecurrent
-from sparsekern.profiling.flops import OTHER, Count
+from sparsekern.profiling.flops import Count
+from sparsekern.profiling.watch import OTHER
 
 State = Mapping[Any, Mapping[str, Any]]
 """An optimizer's state, by parameter."""
