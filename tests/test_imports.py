@@ -14,7 +14,7 @@ ROOT = Path(sparsekern.__file__).resolve().parent.parent
 # A module may import from its own layer and from those to the left of it.
 LAYERS = [
     ("sparsekern.errors",),
-    ("sparsekern.select", "sparsekern.geometry"),
+    ("sparsekern.select", "sparsekern.geometry", "sparsekern.devices"),
     ("sparsekern.blocks", "sparsekern.kernels"),
     ("sparsekern.sampling",),
     ("sparsekern.topology",),
