@@ -32,6 +32,7 @@ LAYERS = [
         "sparsekern.idx",
         "sparsekern.models",
         "sparsekern.network",
+        "sparsekern.output_files",
         "sparsekern.picture",
         "sparsekern.planning",
         "sparsekern.environment",
