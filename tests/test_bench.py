@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import zlib
 
 import pytest
 
@@ -92,14 +93,39 @@ BAD = {
     "no id": (changed(["rows", 0], {"kind": "speed"}), "row 0: expected an object with an id"),
     "twice": (changed(["rows", 1], content()["rows"][0]), "row 1: expected a new id"),
     "kind of row": (changed(["rows", 0, "kind"], "x"), "kind must be one of"),
-    "block": (changed(["rows", 0, "block"], "32"), "block is damaged; got '32'"),
+    "failed": ({**content(), "rows": [{"id": "a", "failed": 3}]}, "failed must say why; got 3"),
+    "failed, no reason": ({**content(), "rows": [{"id": "a", "failed": None}]}, "got None"),
+    "true as version": (changed(["version"], True), "expected version 1; got True"),
+    "version 1.0": (changed(["version"], 1.0), "expected version 1; got 1.0"),
+    "nested deeply": ("[" * 100_000, "expected JSON of a few levels"),
+    "name": (changed(["rows", 0, "name"], 3), "name must be a text; got 3"),
+    "block": (changed(["rows", 0, "block"], "32"), "block must be a whole number of at least 1"),
+    "block 0": (changed(["rows", 0, "block"], 0), "block must be a whole number of at least 1"),
+    "block -3": (changed(["rows", 0, "block"], -3), "of at least 1; got -3"),
+    "no block": (changed(["rows", 0, "block"], None), "of at least 1; got None"),
+    **{
+        f"density {value!r}": (
+            changed(["rows", 0, "density"], value),
+            f"density must be a number above 0 and at most 1; got {value!r}",
+        )
+        for value in (0, -1, math.nan, math.inf, 2, True)
+    },
     "no seconds": (changed(["rows", 0, "seconds"], None), "expected seconds and against"),
     "NaN": (changed(["rows", 0, "seconds", "median"], math.nan), "median must be a number"),
-    "zero": (changed(["rows", 0, "seconds", "rounds"], 0), "rounds must be a number above 0"),
+    "huge": (changed(["rows", 0, "seconds", "median"], 10**400), "median must be a number above 0"),
+    "1e400": (changed(["rows", 0, "seconds", "median"], math.inf), "above 0; got inf"),
+    "zero": (changed(["rows", 0, "seconds", "rounds"], 0), "rounds must be a whole number of at"),
+    "half": (changed(["rows", 0, "seconds", "rounds"], 0.5), "of at least 1; got 0.5"),
     "negative": (changed(["rows", 0, "seconds", "iqr"], -1), "iqr must be a number of at least 0"),
     "ratio": (changed(["rows", 0, "against", "dense"], {"ratio": 2}), "q1 must be a number"),
     "no ratio": (changed(["rows", 0, "against", "dense"], {}), "against 'dense'"),
+    "cannot": (changed(["rows", 0, "against", "dense"], {"cannot": 1}), "or why there is none"),
+    "quartiles": (
+        changed(["rows", 0, "against", "dense"], {"ratio": 2, "q1": 3, "q3": 1}),
+        "against 'dense': expected q1 <= ratio <= q3; got [3, 2, 1]",
+    ),
     "bytes": (changed(["rows", 9, "held_bytes", "dense"], "1"), "held_bytes of dense"),
+    "half bytes": (changed(["rows", 9, "held_bytes", "dense"], 0.5), "of at least 0; got 0.5"),
     "no bytes": (changed(["rows", 9, "peak_bytes"], []), "expected peak_bytes"),
 }
 
@@ -111,6 +137,31 @@ def test_a_damaged_file_is_told(saved, name):
         read(saved(data))
     assert text in str(error.value)
     assert "results.json" in str(error.value)
+
+
+def test_a_failed_case_keeps_only_its_reason(saved):
+    data = content()
+    data["rows"][0] = {"id": "a", "failed": "why", "kind": "speed", "seconds": 3}
+    results = read(saved(data))
+    assert results.rows["a"] == {"id": "a", "failed": "why"}
+    assert results.timing("a") is None
+    assert len(curves.speedups(results)) == 1
+    assert compare.compare(results, results, relative_to="dense").failed == (("a", "why"),)
+
+
+def test_text_is_utf8_whatever_the_locale(saved, monkeypatch):
+    data = content()
+    data["environment"]["processor"] = "µ"
+    path = saved("")
+    path.write_bytes(json.dumps(data, ensure_ascii=False).encode())
+    monkeypatch.setattr("_locale.getencoding", lambda: "ascii", raising=False)
+    asked = []
+    original = type(path).read_text
+    monkeypatch.setattr(
+        type(path), "read_text", lambda self, **k: asked.append(k) or original(self, **k)
+    )
+    assert read(path).environment["processor"] == "µ"
+    assert asked == [{"encoding": "utf-8"}]
 
 
 def test_a_file_that_is_missing_or_no_text(tmp_path):
@@ -216,6 +267,43 @@ def test_new_missing_and_failed_cases_are_listed(saved):
     assert "missing: 1" in text
 
 
+FIRST = "linear/speed/2048x2048/block 32/0.05"
+FIRST_MEMORY = FIRST.replace("speed", "memory")
+SPEED_TO_MEMORY = {"kind": "memory", "peak_bytes": {"sparse": 1}, "held_bytes": {}}
+LOST = {
+    "baseline": ((0, "against", "dense"), None, "dense", f"{FIRST}: time / dense"),
+    "ratio": ((0, "against", "dense"), {"cannot": "no"}, "dense", f"{FIRST}: time / dense"),
+    "peak": ((8, "peak_bytes", "sparse"), None, None, f"{FIRST_MEMORY}: peak bytes"),
+    "held": ((8, "held_bytes", "sparse"), None, None, f"{FIRST_MEMORY}: held bytes"),
+    "kind": ((0,), SPEED_TO_MEMORY, None, f"{FIRST}: seconds"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_one_file_lost_is_missing(saved, capsys, name):
+    (row, *path), value, relative_to, line = LOST[name]
+
+    def change(data):
+        at = data["rows"][row]
+        for key in path[:-1]:
+            at = at[key]
+        if not path:
+            at.update(value)
+        elif value is None:
+            del at[path[-1]]
+        else:
+            at[path[-1]] = value
+
+    old, new = pair(saved, change)
+    found = compare.compare(old, new, relative_to=relative_to)
+    assert found.missing == (line,)
+    assert found.new == ((f"{FIRST}: peak bytes",) if name == "kind" else ())
+    assert compare.compare(new, old, relative_to=relative_to).new == (line,)
+    options = ["--fail-on-slower"] + (["--relative-to", relative_to] if relative_to else [])
+    assert main(["bench", "compare", str(old.path), str(new.path), *options]) == 1
+    assert f"missing: 1\n  {line}" in capsys.readouterr().out
+
+
 def test_different_environments_are_flagged_and_dates_are_not(saved):
     old, new = pair(saved, lambda d: d["environment"].update(threads=8, date="e", commit="f"))
     found = compare.compare(old, new)
@@ -232,6 +320,26 @@ def test_a_threshold_is_a_number(saved, threshold):
 def test_an_unknown_baseline_names_the_known(saved):
     with pytest.raises(ConfigError, match=r"got 'cublas', and they have \['dense'\]"):
         compare.compare(*pair(saved, lambda _: None), relative_to="cublas")
+
+
+def test_a_baseline_is_checked_without_a_common_case_too(saved):
+    def rename(data):
+        for row in data["rows"]:
+            row["id"] += "/renamed"
+
+    old, new = pair(saved, rename)
+    with pytest.raises(ConfigError, match=r"got 'zzz', and they have \['dense'\]"):
+        compare.compare(old, new, relative_to="zzz")
+    found = compare.compare(old, new, relative_to="dense")
+    assert len(found.missing) == len(found.new) == 16
+
+    def rename_speed(data):
+        for row in data["rows"][:8]:
+            row["id"] += "/renamed"
+
+    old, new = pair(saved, rename_speed)
+    found = compare.compare(old, new, relative_to="dense")
+    assert (found.same, len(found.missing), len(found.new)) == (16, 8, 8)
 
 
 # ---- curves
@@ -275,7 +383,7 @@ def test_figures_know_what_they_were_drawn_from(saved, tmp_path):
     assert plot.drawn_from(paths[0]) == curves.digest(curves.speedups(results))
     assert plot.drawn_from(paths[1]) == curves.digest(curves.memory(results))
     other = copy.deepcopy(content())
-    other["rows"][0]["against"]["dense"]["ratio"] = 9.0
+    other["rows"][0]["against"]["dense"].update(ratio=9.0, q3=9.0)
     assert curves.digest(curves.speedups(read(saved(other)))) != plot.drawn_from(paths[0])
 
 
@@ -286,11 +394,29 @@ def test_what_is_no_picture_of_ours(tmp_path):
     path.write_text("text")
     with pytest.raises(DataError, match="expected a PNG"):
         plot.drawn_from(path)
-    path.write_bytes(plot.PNG_MARK)
+    end = (0).to_bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4)
+    path.write_bytes(plot.PNG_MARK + end)
     assert plot.drawn_from(path) is None
     path.write_bytes(plot.PNG_MARK + (4).to_bytes(4) + b"tEXtDataXXXX")
     with pytest.raises(DataError, match="checksum"):
         plot.drawn_from(path)
+
+
+def test_a_picture_that_was_cut_is_told(saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    path, _ = plot.plot(read(saved(content())), tmp_path)
+    whole = path.read_bytes()
+    for length in (8, 10, 20, len(whole) // 2, len(whole) - 12, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=f"whole PNG; got one that is cut, of {length} bytes"):
+            plot.drawn_from(path)
+
+
+def test_a_folder_that_takes_no_file_is_told(saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "speedup.png").mkdir()  # as unwritable as it gets for whoever runs the tests
+    with pytest.raises(DataError, match=r"speedup\.png: expected a file that can be written; got"):
+        plot.plot(read(saved(content())), tmp_path)
 
 
 def test_nothing_is_drawn_into_no_folder(saved, tmp_path):

@@ -355,7 +355,7 @@ def test_figures_are_drawn_when_the_data_changed(tmp_path, monkeypatch):
     assert cpu_tables.stale_figures() == []
     convert.write(tmp_path / "suite.json", {"commit": "another"}, rows)
     assert cpu_tables.stale_figures() == []
-    rows[0]["against"]["dense"]["ratio"] = 2.5
+    rows[0]["against"]["dense"].update(ratio=2.5, q1=2.5)
     convert.write(tmp_path / "suite.json", {"commit": "c"}, rows)
     assert [path.name for path in cpu_tables.stale_figures()] == ["speedup.png"]
 
@@ -366,7 +366,7 @@ def row(density, kind):
     if kind == "memory":
         sizes = {"sparse": int(100 * density), "dense": 100}
         return {**found, "peak_bytes": sizes, "held_bytes": sizes}
-    ratio = {"ratio": 1 / density, "q1": 1.0, "q3": 1.0}
+    ratio = {"ratio": 1 / density, "q1": 1.0, "q3": 1 / density}
     seconds = {"median": 1.0, "iqr": 0.1, "min": 1.0, "rounds": 5}
     return {**found, "seconds": seconds, "against": {"dense": ratio}}
 

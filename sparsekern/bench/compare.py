@@ -14,11 +14,11 @@ Bytes have no noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparsekern.bench.results import Results, Row, Timing
+from sparsekern.bench.results import Results, Timing
 from sparsekern.errors import ConfigError
 
 THRESHOLD = 0.05
@@ -70,8 +70,9 @@ class Comparison:
         worse: slower or larger, largest change first.
         better: faster or smaller, largest change first.
         same: how many quantities did not change beyond noise.
-        new: ids that only the second file has numbers for.
-        missing: ids that only the first file has numbers for.
+        new: cases that only the second file has numbers for; where the first has the case, as
+            "id: what", like "linear/step/...: time / dense".
+        missing: those that only the first file has numbers for, likewise.
         failed: ids that have no numbers in the second file because they failed there, and why.
         environment: facts that differ, old and new, by name.
     """
@@ -95,31 +96,32 @@ def compare(
         new: after.
         threshold: relative changes up to this one are never reported.
         relative_to: a baseline such as "dense", to compare times in units of its time in the same
-            rounds; cases without it are left out. None compares seconds.
+            rounds; cases without it in both files are left out. None compares seconds.
 
     Raises:
-        ConfigError: the threshold is negative, or no case of both files has that baseline.
+        ConfigError: the threshold is negative, or a file has no case with that baseline.
     """
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ConfigError(f"`threshold` must be a number of at least 0; got {threshold}")
-    measured = [{i for i, row in file.rows.items() if "failed" not in row} for file in (old, new)]
-    both = [case for case in old.rows if case in measured[0] & measured[1]]
-    changes = [change for case in both for change in _changes(old, new, case, relative_to)]
-    if relative_to is not None and both and not any(c.what.startswith("time") for c in changes):
+    known = _baselines(old) & _baselines(new)
+    if relative_to is not None and relative_to not in known:
         raise ConfigError(
             f"`relative_to` must be a baseline that both files have; got {relative_to!r}, and they "
-            f"have {sorted(_baselines(old) & _baselines(new))}"
+            f"have {sorted(known)}"
         )
+    before, after = (_quantities(file, relative_to) for file in (old, new))
     by_verdict: dict[str, list[Change]] = {"worse": [], "better": [], "same": []}
-    for change in changes:
+    for key in before.keys() & after.keys():
+        change = _change(*key, before[key], after[key])
         by_verdict[change.verdict(threshold)].append(change)
+    failed = {case: row["failed"] for case, row in new.rows.items() if "failed" in row}
     return Comparison(
-        worse=tuple(sorted(by_verdict["worse"], key=lambda c: -c.ratio)),
-        better=tuple(sorted(by_verdict["better"], key=lambda c: c.ratio)),
+        worse=tuple(sorted(by_verdict["worse"], key=lambda c: (-c.ratio, c.case, c.what))),
+        better=tuple(sorted(by_verdict["better"], key=lambda c: (c.ratio, c.case, c.what))),
         same=len(by_verdict["same"]),
-        new=tuple(case for case in new.rows if case in measured[1] - measured[0]),
-        missing=tuple(c for c in old.rows if c in measured[0] and c not in new.rows),
-        failed=tuple((i, row["failed"]) for i, row in new.rows.items() if "failed" in row),
+        new=_lacking((key for key in after if key not in before), old),
+        missing=_lacking((k for k in before if k not in after and k[0] not in failed), new),
+        failed=tuple(failed.items()),
         environment=_differing(old, new),
     )
 
@@ -154,28 +156,32 @@ def _differing(old: Results, new: Results) -> dict[str, tuple[object, object]]:
     return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
 
 
-def _changes(old: Results, new: Results, case: str, relative_to: str | None) -> Iterator[Change]:
-    before, after = old.rows[case], new.rows[case]
-    if before["kind"] != after["kind"]:
-        return
-    if before["kind"] == "memory":
-        yield from _byte_changes(before, after, case)
-        return
-    pair = [_timing(file, case, relative_to) for file in (old, new)]
-    if pair[0] is None or pair[1] is None:
-        return
-    what = "seconds" if relative_to is None else f"time / {relative_to}"
-    (a_low, a_high), (b_low, b_high) = _notch(pair[0]), _notch(pair[1])
+def _quantities(file: Results, relative_to: str | None) -> dict[tuple[str, str], Timing]:
+    """All that is compared, by case and what it is; bytes have no spread."""
+    found = {}
+    for case, row in file.rows.items():
+        timing = _timing(file, case, relative_to) if row.get("kind") == "speed" else None
+        if timing is not None:
+            found[case, "seconds" if relative_to is None else f"time / {relative_to}"] = timing
+        for part in ("peak_bytes", "held_bytes") if row.get("kind") == "memory" else ():
+            if "sparse" in row[part]:
+                found[case, part.replace("_", " ")] = Timing(row[part]["sparse"], 0.0, 1)
+    return found
+
+
+def _lacking(some: Iterable[tuple[str, str]], other: Results) -> tuple[str, ...]:
+    """Quantities as "id: what"; where the other file has no numbers of the case, its id once."""
+    measured = {case for case, row in other.rows.items() if "failed" not in row}
+    return tuple(dict.fromkeys(f"{c}: {what}" if c in measured else c for c, what in some))
+
+
+def _change(case: str, what: str, old: Timing, new: Timing) -> Change:
+    change = Change(case, what, old.median, new.median, 0.0, math.inf)
+    if what.endswith("bytes"):
+        return change._replace(low=change.ratio, high=change.ratio)
+    (a_low, a_high), (b_low, b_high) = _notch(old), _notch(new)
     high = b_high / a_low if a_low > 0 else math.inf
-    yield Change(case, what, pair[0].median, pair[1].median, max(b_low, 0.0) / a_high, high)
-
-
-def _byte_changes(before: Row, after: Row, case: str) -> Iterator[Change]:
-    for part in ("peak_bytes", "held_bytes"):
-        if "sparse" in before[part] and "sparse" in after[part]:
-            pair = before[part]["sparse"], after[part]["sparse"]
-            change = Change(case, part.replace("_", " "), *pair, 0.0, 0.0)
-            yield change._replace(low=change.ratio, high=change.ratio)
+    return change._replace(low=max(b_low, 0.0) / a_high, high=high)
 
 
 def _timing(file: Results, case: str, relative_to: str | None) -> Timing | None:

@@ -33,7 +33,7 @@ def plot(results: Results, out: Path) -> list[Path]:
         The files written.
 
     Raises:
-        DataError: the results hold no curve, or `out` is no folder.
+        DataError: the results hold no curve, or `out` is no folder that can be written to.
         UnavailableError: matplotlib is not installed.
     """
     if not out.is_dir():
@@ -42,7 +42,10 @@ def plot(results: Results, out: Path) -> list[Path]:
     # all that can fail comes before the first file is written
     drawings = [(out / name, panels(results), draw) for name, (panels, draw) in FIGURES.items()]
     for path, panels, draw in drawings:
-        draw(panels, path, _source(results))
+        try:
+            draw(panels, path, _source(results))
+        except OSError as error:
+            raise DataError(f"{path}: expected a file that can be written; got: {error}") from error
     return [path for path, _, _ in drawings]
 
 
@@ -50,7 +53,7 @@ def drawn_from(path: Path) -> str | None:
     """The hash of the data that a picture was drawn from; None if it has none.
 
     Raises:
-        DataError: the file is missing, or no PNG.
+        DataError: the file is missing, no PNG, or a damaged one.
     """
     try:
         content = path.read_bytes()
@@ -58,17 +61,22 @@ def drawn_from(path: Path) -> str | None:
         raise DataError(f"{path}: expected a readable picture; got: {error}") from error
     if not content.startswith(PNG_MARK):
         raise DataError(f"{path}: expected a PNG; got something else")
+    found = None
     at = len(PNG_MARK)
-    while at + 12 <= len(content):  # length, type, data, checksum
-        size, kind = int.from_bytes(content[at : at + 4]), content[at + 4 : at + 8]
-        data = content[at + 8 : at + 8 + size]
-        if zlib.crc32(kind + data) != int.from_bytes(content[at + 8 + size : at + 12 + size]):
+    while (head := content[at : at + 8]) and len(head) == 8:  # length, type, data, checksum
+        kind, end = head[4:], at + 12 + int.from_bytes(head[:4])
+        data, check = content[at + 8 : end - 4], content[end - 4 : end]
+        if end > len(content):
+            break
+        if zlib.crc32(kind + data) != int.from_bytes(check):
             raise DataError(f"{path}: expected a whole PNG; a checksum is wrong")
         key, _, text = data.partition(b"\0")
         if kind == b"tEXt" and key.decode("latin-1") == DATA_KEY:
-            return text.decode("latin-1")
-        at += 12 + size
-    return None
+            found = text.decode("latin-1")
+        if kind == b"IEND":
+            return found
+        at = end
+    raise DataError(f"{path}: expected a whole PNG; got one that is cut, of {len(content)} bytes")
 
 
 def _draw_speed(panels: Sequence[Panel], path: Path, source: str) -> None:
