@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sparsekern.models import evaluating
@@ -126,12 +127,12 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
     """Sum the tensors that exist now; call it after a step, while the gradients are there."""
     parameters = list(model.parameters())
     index = {b for m in model.modules() if isinstance(m, SparseLayer) for b in m.buffers()}
-    state = [entry for p in parameters for entry in optimizer.state.get(p, {}).values()]
+    state = tree_leaves([dict(optimizer.state.get(p, {})) for p in parameters])
     return HeldBytes(
-        weights=_bytes([*parameters, *(b for b in model.buffers() if b not in index)]),
-        gradients=_bytes(p.grad for p in parameters if p.grad is not None),
-        optimizer=_bytes(entry for entry in state if isinstance(entry, Tensor)),
-        index=_bytes(index),
+        weights=tensor_bytes([*parameters, *(b for b in model.buffers() if b not in index)]),
+        gradients=tensor_bytes(p.grad for p in parameters if p.grad is not None),
+        optimizer=tensor_bytes(entry for entry in state if isinstance(entry, Tensor)),
+        index=tensor_bytes(index),
     )
 
 
@@ -212,5 +213,6 @@ _AS_DENSE = {
 """The forward products as if their weights were dense."""
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparsekern.errors import ConfigError
+from sparsekern.errors import ConfigError, DtypeError
 
 METHODS = ("dense", "static", "set", "snip", "rigl", "snfs", "pruning")
 
@@ -82,6 +82,8 @@ def method_costs(
     """
     if type(update_freq) is not int or update_freq < 1:
         raise ConfigError(f"`update_freq` must be an int of at least 1; got {update_freq!r}")
+    if not isinstance(pruning, PruningSchedule | None):
+        raise DtypeError(f"`pruning` must be a PruningSchedule; got {pruning!r}")
     update = 2 * f_s + f_d  # a dense weight gradient
     pruned = f_d - (pruning or PruningSchedule()).mean_share * (f_d - f_s)
     static: tuple[float, int | None] = (3 * f_s, None)

@@ -29,7 +29,7 @@ class Measured(NamedTuple):
         forward_seconds: median of a forward pass with what backward needs.
         step_seconds: median of forward, backward and the optimizer's step.
         rounds: that the medians are of.
-        held_bytes: parameters, buffers, optimizer state and inputs, read off the tensors.
+        before_bytes: parameters, buffers, optimizer state and inputs, read off the tensors.
         peak_bytes: those and the most that torch's allocator held besides during a step.
         layer_seconds: median of each layer's forward and backward, by name; taken apart from the
             steps above, as looking between layers takes time too.
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
     forward_seconds: float
     step_seconds: float
     rounds: int
-    held_bytes: int
+    before_bytes: int
     peak_bytes: int
     layer_seconds: dict[str, float]
 
@@ -69,7 +69,7 @@ def measured(twin: Twin, loss: Loss, device: torch.device, seconds: float) -> Me
         forward_seconds=statistics.median(forwards),
         step_seconds=statistics.median(steps),
         rounds=len(steps),
-        held_bytes=held,
+        before_bytes=held,
         peak_bytes=peak,
         layer_seconds={name: statistics.median(one[name] for one in layers) for name in layers[0]},
     )

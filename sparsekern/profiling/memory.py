@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ class Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
     Attributes:
         now: bytes alive.
         peak: most bytes alive at once since `restart`.
-        values_do_not_matter: answer 1 to what asks a tensor for its value. For optimizers, which
-            ask how many steps they have taken.
+        values_do_not_matter: make up the value of a tensor that is asked for it. For optimizers,
+            which ask how many steps they have taken.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
     def hold(self, value: Any) -> None:
         """Follow the tensors among these from now on."""
         for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self._follow(leaf.untyped_storage())
         self.peak = max(self.peak, self.now)
 
@@ -64,7 +65,7 @@ class Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped 
     ) -> Any:
         """Run one operator and follow its results."""
         if self.values_do_not_matter and func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
+            return 0.5 if args[0].is_floating_point() else 1  # no pole of a bias correction
         out = func(*args, **(kwargs or {}))
         self.hold(out)
         self.peak = max(self.peak, self.now + workspace_bytes(func, args))
@@ -88,8 +89,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of each start and stop else
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _quietly(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     held = peak = 0
     alive: dict[int, int] = {}
@@ -101,6 +101,19 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
         else:  # the profiler also tells of blocks that an earlier record saw made
             held -= alive.pop(address, 0)
     return peak
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the profiler from telling stderr of each start and stop."""
+    name = "KINETO_LOG_LEVEL"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, "99")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
 
 
 def _requests(record: profile) -> Iterator[tuple[int, int]]:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
 from sparsekern.errors import ModelError, OptimizerError
 from sparsekern.examples import Examples
 from sparsekern.ops.dispatch import assuming
 from sparsekern.profiling.flops import StepCount, StepCounter
 from sparsekern.profiling.memory import Lifetimes
-from sparsekern.profiling.rows import State, layers_of
+from sparsekern.profiling.rows import Trained, layers_of
 from sparsekern.profiling.step import Loss, clear, forward
-from sparsekern.profiling.twin import Twin, weightless
+from sparsekern.profiling.twin import Twin, copied, weightless
 
 
 class Prediction(NamedTuple):
@@ -31,15 +30,17 @@ class Prediction(NamedTuple):
 
     Attributes:
         step: by layer, under the names of `layers_of`.
-        state: of the optimizer after a step, by the model's parameters; shapes alone.
-        held_bytes: parameters, buffers, optimizer state and inputs.
-        peak_bytes: most bytes alive at once during a step, those held included.
+        made: gradients, and the optimizer's state after a step; shapes alone.
+        before_bytes: parameters, buffers, optimizer state and inputs.
+        peak_bytes: most bytes alive at once during a step, those before it included.
+        by_running: the model asks tensors for values, so that a copy with values was run.
     """
 
     step: StepCount
-    state: State
-    held_bytes: int
+    made: Trained
+    before_bytes: int
     peak_bytes: int
+    by_running: bool
 
 
 def predicted(
@@ -52,20 +53,47 @@ def predicted(
     """Count a training step of a model, which may be on the meta device, as if on `device`.
 
     Raises:
-        ModelError: it fails on the examples, can't be copied, or needs to know values.
-        OptimizerError: the optimizer can't take a step without a closure.
+        ModelError: it fails on the examples, can't be copied, or is on the meta device and needs to
+            know values.
+        OptimizerError: the optimizer can't take a step by itself.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = weightless(model, examples, optimizer, mode)
+    with torch.enable_grad(), assuming(device):
+        try:
+            with mode:
+                return _step_of(model, weightless(model, examples, optimizer, mode), loss)
+        except (*_ASKED, ModelError) as error:
+            asked = error if isinstance(error, _ASKED) else error.__cause__
+            if not isinstance(asked, _ASKED):
+                raise
+            if any(p.is_meta for p in model.parameters()):
+                raise ModelError(
+                    "a model on the meta device must have shapes that do not depend on the values "
+                    f"of its tensors; {error}"
+                ) from error
+        with torch.random.fork_rng(_cuda(model)):
+            found = _step_of(model, copied(model, examples, optimizer), loss)
+        return found._replace(by_running=True)
+
+
+_ASKED = (DataDependentOutputException, DynamicOutputShapeException)
+"""What a tensor without memory raises that is asked for its values."""
+
+
+def _cuda(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.is_cuda})
+
+
+def _step_of(model: nn.Module, twin: Twin, loss: Loss) -> Prediction:
     twin.model.train()
-    with assuming(device), mode, _explained():
-        count = _counted(twin, loss)
-        clear(twin)
-        held, peak = _lifetimes(twin, loss)
-    known: State = {} if twin.optimizer is None else twin.optimizer.state
-    pairs = zip(model.parameters(), twin.model.parameters(), strict=True)
-    state = {parameter: known[own] for parameter, own in pairs if own in known}
-    return Prediction(count, state, held, peak)
+    count = _counted(twin, loss)
+    pairs = list(zip(model.parameters(), twin.model.parameters(), strict=True))
+    gradients = frozenset(id(parameter) for parameter, own in pairs if own.grad is not None)
+    clear(twin)
+    before, peak = _lifetimes(twin, loss)
+    state = {} if twin.optimizer is None else twin.optimizer.state
+    known = {parameter: state[own] for parameter, own in pairs if own in state}
+    return Prediction(count, Trained(gradients, known), before, peak, by_running=False)
 
 
 def _counted(twin: Twin, loss: Loss) -> StepCount:
@@ -87,7 +115,7 @@ def _lifetimes(twin: Twin, loss: Loss) -> tuple[int, int]:
         lifetimes.hold(twin.examples)
         if twin.optimizer is not None:
             _step(twin, loss, lifetimes)  # makes the optimizer's state
-            lifetimes.hold(_tensors(twin.optimizer))
+            lifetimes.hold([twin.optimizer.state.get(p) for p in twin.model.parameters()])
             clear(twin)
         lifetimes.restart()
         held = lifetimes.now
@@ -104,38 +132,12 @@ def _step(twin: Twin, loss: Loss, lifetimes: Lifetimes) -> None:
         lifetimes.values_do_not_matter = False
 
 
-def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    own = [list(entries.values()) for entries in optimizer.state.values()]
-    return [leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say what it means when a model asks a tensor without memory for its values."""
-    asked = (DataDependentOutputException, DynamicOutputShapeException)
-    try:
-        yield
-    except asked as error:
-        raise ModelError(_needs_values(error)) from error
-    except ModelError as error:
-        if isinstance(error.__cause__, asked):
-            raise ModelError(f"{error}; {_needs_values(error.__cause__)}") from error
-        raise
-
-
-def _needs_values(error: Any) -> str:
-    return (
-        "a profile needs a model whose shapes do not depend on the values of its tensors; "
-        f"{error.func} asks for them"
-    )
-
-
 @contextmanager
 def _optimizer_explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         raise OptimizerError(
-            f"`optimizer` {type(optimizer).__name__} must take a step without a closure; it raised "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"`optimizer` {type(optimizer).__name__} must take a step by itself, without a "
+            f"closure; it raised {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error

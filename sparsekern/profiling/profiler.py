@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
+from sparsekern.devices import as_device
 from sparsekern.environment import environment
-from sparsekern.errors import ConfigError, DtypeError, OptimizerError
+from sparsekern.errors import (
+    ConfigError,
+    DeviceError,
+    DtypeError,
+    ModelError,
+    OptimizerError,
+)
 from sparsekern.examples import Examples, arguments, described
 from sparsekern.methods import Method
 from sparsekern.ops.dispatch import assuming
@@ -21,6 +28,7 @@ from sparsekern.profiling.rows import LayerRow, layers_of, rows_of
 from sparsekern.profiling.seconds import predicted_seconds
 from sparsekern.profiling.step import Loss, total
 from sparsekern.profiling.twin import copied
+from sparsekern.profiling.watch import tensors
 
 UPDATE_FREQ = 100
 """Weight steps between topology updates that costs assume without a method: the paper's."""
@@ -34,6 +42,7 @@ def profile(
     optimizer: torch.optim.Optimizer | None = None,
     method: Method | str | None = None,
     loss: Loss | None = None,
+    batch: int | None = None,
     device: torch.device | str | None = None,
     measure: bool | None = None,
     seconds: float = SECONDS,
@@ -42,8 +51,10 @@ def profile(
     """Say what a training step of a model costs: FLOPs, bytes and time, by layer.
 
     1 multiply-add = 2 FLOPs. The prediction counts a step on tensors without memory, so a model on
-    the meta device may be of any size. The measurement takes real steps of a copy in training mode.
-    Neither changes the model, the optimizer or a topology.
+    the meta device may be of any size; one that asks its tensors for values (packed sequences,
+    branches) is counted by running a copy. The measurement takes real steps of a copy. Both are in
+    training mode, and neither changes the model, the optimizer, a topology or the random numbers;
+    forward hooks of the user's run on the copies too.
 
     Args:
         model: any module; sparse layers count what they execute, whole blocks.
@@ -54,6 +65,7 @@ def profile(
         method: in use: one of "dense", "static", "set", "snip", "rigl", "snfs" and "pruning", or
             the `sparsekern.Method` that is attached, whose update frequency is taken.
         loss: from the model's output to one number; None: the sum of all outputs.
+        batch: samples in the inputs, for costs per sample; None: the length of the first tensor.
         device: that the prediction is for; None: the model's, and for the meta device "cuda" if
             there is a GPU, else "cpu".
         measure: whether to take steps on this machine too; None: unless the model is on the meta
@@ -65,46 +77,44 @@ def profile(
         The report. `str()` is a table; `to_dict`, `to_json`, `to_markdown`, `to_csv`.
 
     Raises:
-        ModelError: the model fails on the inputs (the text names the layer), can't be copied, or
-            has shapes that depend on the values of its tensors.
-        OptimizerError: the optimizer holds none of the model's parameters, or can't step without a
-            closure.
+        ModelError: the model fails on the inputs (the text names the layer), can't be copied, or is
+            on the meta device and asks its tensors for values.
+        OptimizerError: the optimizer holds none of the model's parameters, or can't step by itself.
         ConfigError, DtypeError: an argument is out of its domain.
     """
-    home = _check(model, optimizer)
+    home = _check(model, example_inputs, optimizer)
     target = _target(home, device)
     possible = home.type != "meta" and home.type == target.type
-    if measure and not possible:
-        raise ConfigError(f"`measure` needs a model on {target.type}; got one on {home.type}")
+    wanted = _check_measuring(measure, seconds, possible, f"{target.type}; got one on {home.type}")
     name, update_freq = _method(method)
-    found = predicted(model, example_inputs, optimizer, loss or total, target)
+    samples = _batch(example_inputs, batch)
+    method_costs(1, 1, update_freq=update_freq, pruning=pruning)  # raises before any work
+    found = predicted(model, example_inputs, optimizer, _checked(loss), target)
     layers = layers_of(model)
     with assuming(target):
-        rows = rows_of(model, layers, found.step.layers, found.state)
-    f_s, f_d = (
-        sum(getattr(row, f"forward_flops{dense}") for row in rows) // _batch(example_inputs)
-        for dense in ("", "_dense")
-    )
+        rows = rows_of(model, layers, found.step.layers, found.made)
+    f_s, f_d = (sum(r.forward_flops for r in rows), sum(r.forward_flops_dense for r in rows))
+    costs = method_costs(f_s // samples, f_d // samples, update_freq=update_freq, pruning=pruning)
     report = Report(
         model=type(model).__name__,
         inputs=described(example_inputs),
         device=str(target),
         layers=tuple(rows),
-        held_bytes=found.held_bytes,
+        before_bytes=found.before_bytes,
         peak_bytes=found.peak_bytes,
         seconds=_seconds(rows, layers, found, target),
-        methods=method_costs(f_s, f_d, update_freq=update_freq, pruning=pruning),
+        methods=costs,
         method=name,
         update_freq=update_freq,
+        by_running=found.by_running,
         uncounted=found.step.uncounted,
         measured=None,
         failure=None,
         environment=environment(home if home.type == "cuda" else torch.device("cpu")),
     )
-    wanted = possible if measure is None else measure
-    return (
-        measured_too(report, model, example_inputs, optimizer, loss, seconds) if wanted else report
-    )
+    if not wanted:
+        return report
+    return measured_too(report, model, example_inputs, optimizer, loss, seconds)
 
 
 def measured_too(
@@ -119,46 +129,79 @@ def measured_too(
 
     If they fail, for want of memory for example, the report says so and keeps its prediction.
     """
+    home = _check(model, example_inputs, optimizer)
+    random = torch.random.fork_rng([home] if home.type == "cuda" else [])
     try:
-        twin = copied(model, example_inputs, optimizer)
-        found = measured(twin, loss or total, _check(model, optimizer), seconds)
+        with torch.enable_grad(), random:
+            twin = copied(model, example_inputs, optimizer)
+            found = measured(twin, _checked(loss), home, seconds)
     except Exception as error:  # whatever a model raises, the prediction stands
         return replace(report, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
     return replace(report, measured=found)
 
 
-def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> torch.device:
-    """The device of the model, of which there must be one."""
+def _check(
+    model: nn.Module, examples: Examples, optimizer: torch.optim.Optimizer | None
+) -> torch.device:
+    """The device of the model, of which there must be one, that of the inputs too."""
     if not isinstance(model, nn.Module):
         raise DtypeError(f"`model` must be an nn.Module; got {type(model).__name__}")
     parameters = list(model.parameters())
+    if any(isinstance(p, UninitializedParameter) for p in parameters):
+        raise ModelError("`model` must have run once: it holds lazy parameters without a shape")
     devices = {p.device for p in parameters}
     if len(devices) != 1:
         raise ConfigError(
             "`model` must have parameters, all on one device; got "
             f"{sorted(map(str, devices)) or 'none'}"
         )
+    home = devices.pop()
+    others = {t.device.type for t in tensors(arguments(examples))} - {home.type}
+    if others:
+        raise DeviceError(f"`example_inputs` must be on {home}, like the model; got {others}")
     if optimizer is not None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise DtypeError(
-                f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
-            )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(map(id, parameters)):
-            raise OptimizerError(
-                "`optimizer` must hold parameters of the model; it holds none of them (build it "
-                "after sparsify_)"
-            )
-    return devices.pop()
+        _check_optimizer(optimizer, parameters)
+    return home
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise DtypeError(
+            f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, parameters)):
+        raise OptimizerError(
+            "`optimizer` must hold parameters of the model; it holds none of them (build it after "
+            "sparsify_)"
+        )
+
+
+def _check_measuring(measure: bool | None, seconds: float, possible: bool, where: str) -> bool:
+    """Whether to measure."""
+    if measure not in (None, True, False):
+        raise DtypeError(f"`measure` must be a bool or None; got {measure!r}")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise DtypeError(f"`seconds` must be a number; got {seconds!r}")
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"`seconds` must be finite and at least 0; got {seconds}")
+    if measure and not possible:
+        raise ConfigError(f"`measure` needs a model on {where}")
+    return possible if measure is None else measure
+
+
+def _checked(loss: Loss | None) -> Loss:
+    if loss is not None and not callable(loss):
+        raise DtypeError(f"`loss` must be a function of the model's output; got {loss!r}")
+    return loss or total
 
 
 def _target(home: torch.device, device: torch.device | str | None) -> torch.device:
-    if device is None and home.type == "meta":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = home if device is None else torch.device(device)
-    if target.type not in ("cpu", "cuda"):
-        raise ConfigError(f"`device` must be cpu or cuda; got {target}")
-    return target
+    if device is not None:
+        return as_device(device)
+    if home.type == "meta":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return as_device(home)
 
 
 def _method(method: Method | str | None) -> tuple[str | None, int]:
@@ -175,11 +218,13 @@ def _method(method: Method | str | None) -> tuple[str | None, int]:
     return method, UPDATE_FREQ
 
 
-def _batch(examples: Examples) -> int:
-    """Samples: the length of the first tensor."""
-    args, kwargs = arguments(examples)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    return max(1, len(tensors[0])) if tensors and tensors[0].dim() else 1
+def _batch(examples: Examples, batch: int | None) -> int:
+    if batch is not None:
+        if type(batch) is not int or batch < 1:
+            raise ConfigError(f"`batch` must be an int of at least 1; got {batch!r}")
+        return batch
+    first = next(iter(tensors(arguments(examples))), None)
+    return max(1, len(first)) if first is not None and first.dim() else 1
 
 
 def _seconds(

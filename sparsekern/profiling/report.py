@@ -30,12 +30,13 @@ class Report:
         inputs: shapes and dtypes of the example inputs, in words.
         device: that the prediction is for.
         layers: a row for each, and one for the rest.
-        held_bytes: predicted: parameters, buffers, optimizer state and inputs.
-        peak_bytes: predicted: most bytes alive at once during a step.
+        before_bytes: predicted: held before a step: parameters, buffers, optimizer state, inputs.
+        peak_bytes: predicted: most bytes alive at once during a step, with those before it.
         seconds: predicted, by layer: forward and backward of the products of layers with weights.
         methods: training cost per sample by method, Evci et al. 2020, appendix H.
         method: the one in use; None if unknown.
         update_freq: weight steps between topology updates that the costs assume.
+        by_running: the model asks tensors for values, so that a copy was run to count it.
         uncounted: calls of operators without a formula, by name; elementwise ones, norms, moves and
             sums are none.
         measured: on this machine; None if it was not asked for, or failed.
@@ -47,12 +48,13 @@ class Report:
     inputs: str
     device: str
     layers: tuple[LayerRow, ...]
-    held_bytes: int
+    before_bytes: int
     peak_bytes: int
     seconds: Mapping[str, float]
     methods: Mapping[str, MethodCost]
     method: str | None
     update_freq: int
+    by_running: bool
     uncounted: Mapping[str, int]
     measured: Measured | None
     failure: str | None
@@ -69,6 +71,7 @@ class Report:
             "flops_ratio": sums["step_flops"] / dense if dense else None,
             "held_ratio": sums["held_bytes"] / max(sums["held_bytes_dense"], 1),
             "workspace_bytes": max((r.workspace_bytes for r in self.layers), default=0),
+            "predicted_before_bytes": self.before_bytes,
             "predicted_peak_bytes": self.peak_bytes,
             "measured_peak_bytes": None if measured is None else measured.peak_bytes,
             "predicted_layer_seconds": sum(self.seconds.values()),
@@ -104,6 +107,7 @@ class Report:
             "method": self.method,
             "update_freq": self.update_freq,
             "methods": {name: cost._asdict() for name, cost in self.methods.items()},
+            "counted_by_running": self.by_running,
             "uncounted": dict(self.uncounted),
             "measured": None if self.measured is None else self.measured._asdict(),
             "measuring_failed": self.failure,
@@ -202,7 +206,7 @@ def _step_cells(report: Report) -> list[list[str]]:
     m = report.measured
     return [
         ["a step", "predicted", "measured"],
-        ["held before it", _bytes(report.held_bytes), _bytes(m.held_bytes) if m else "-"],
+        ["held before it", _bytes(report.before_bytes), _bytes(m.before_bytes) if m else "-"],
         ["peak", _bytes(report.peak_bytes), _bytes(m.peak_bytes) if m else "-"],
         ["forward ms", "-", _ms(m.forward_seconds) if m else "-"],
         [
@@ -224,6 +228,8 @@ def _notes(report: Report) -> list[str]:
         f"methods: Evci et al. 2020, appendix H, an update every {report.update_freq} steps"
         + (f"; * in use: {report.method}." if report.method else "."),
     ]
+    if report.by_running:
+        notes.append("counted by running a copy: the model asks tensors for their values.")
     if report.uncounted:
         calls = ", ".join(f"{name} ({n})" for name, n in report.uncounted.items())
         notes.append(f"not counted, for want of a formula: {calls}.")

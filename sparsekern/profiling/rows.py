@@ -5,21 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from sparsekern.accounting import tensor_bytes as _bytes
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.kinds import SPARSE_TYPES, weights_of
 from sparsekern.nn.recurrent_base import SparseRecurrent
 from sparsekern.profiling.flops import Count
-from sparsekern.profiling.watch import OTHER
+from sparsekern.profiling.watch import OTHER, tensors
 
-State = Mapping[Any, Mapping[str, Any]]
-"""An optimizer's state, by parameter."""
+
+class Trained(NamedTuple):
+    """What a training step makes beside the parameters.
+
+    Attributes:
+        gradients: ids of the parameters that get one.
+        state: the optimizer's, by parameter.
+    """
+
+    gradients: frozenset[int]
+    state: Mapping[Any, Mapping[str, Any]]
+
 
 WHOLE = (SparseLayer, SparseRecurrent, *SPARSE_TYPES, nn.MultiheadAttention)
 """Modules that are one row with all that they contain."""
+
+MATRICES = (nn.MultiheadAttention, nn.modules.conv._ConvNd, nn.Bilinear)
+"""Modules whose parameters of several dimensions are all weights of products."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def rows_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], counts: Mapping[str, Count], state: State
+    model: nn.Module, layers: Mapping[str, nn.Module], counts: Mapping[str, Count], made: Trained
 ) -> list[LayerRow]:
     """A row for each layer and one for the rest; a tensor that several hold is the first one's.
 
@@ -117,11 +131,11 @@ def rows_of(
         model: real, on the meta device or fake.
         layers: of `layers_of(model)`.
         counts: of a step, by the layers' names and `OTHER`.
-        state: of the optimizer, by parameter.
+        made: by a step, for the parameters of `model`.
     """
     taken: set[int] = set()
-    rows = [_row(name, module, counts[name], state, taken) for name, module in layers.items()]
-    held = _held(model, [], state, taken)
+    rows = [_row(name, module, counts[name], made, taken) for name, module in layers.items()]
+    held = _held(model, [], made, taken)
     rest = LayerRow(
         name="(other)",
         type="",
@@ -138,15 +152,15 @@ def rows_of(
     return [*rows, rest] if rest.held_bytes or rest.step_flops or rest.saved_bytes else rows
 
 
-def _row(name: str, module: nn.Module, count: Count, state: State, taken: set[int]) -> LayerRow:
+def _row(name: str, module: nn.Module, count: Count, made: Trained, taken: set[int]) -> LayerRow:
     sparse = [m for m in module.modules() if isinstance(m, SparseLayer)]
-    dense = [w for m in module.modules() for w in weights_of(m).values()]
-    shapes = [tuple(m.weight.shape) for m in sparse] + [tuple(w.parameter.shape) for w in dense]
+    dense = _dense_weights(module)
+    shapes = [tuple(m.weight.shape) for m in sparse] + [tuple(w.shape) for w in dense]
     weights = sum(map(math.prod, shapes))
-    nnz = sum(map(_active, sparse)) + sum(w.parameter.numel() for w in dense)
+    nnz = sum(map(_active, sparse)) + sum(w.numel() for w in dense)
     blocks = {m.block for m in sparse}
     missing = [m for m in sparse if id(m.values) not in taken]
-    held = _held(module, sparse, state, taken)
+    held = _held(module, sparse, made, taken)
     return LayerRow(
         name=name,
         type=type(module).__name__,
@@ -156,7 +170,7 @@ def _row(name: str, module: nn.Module, count: Count, state: State, taken: set[in
         nnz=nnz,
         density=nnz / weights if weights else None,
         impl="+".join(dict.fromkeys(m.resolved_impl for m in sparse)) or "torch",
-        held_bytes_dense=held["held_bytes"] - held["index_bytes"] + _spared(missing, state),
+        held_bytes_dense=held["held_bytes"] - held["index_bytes"] + _spared(missing, made),
         **held,
         **_counted(count),
     )
@@ -177,7 +191,7 @@ def _counted(count: Count) -> dict[str, int]:
 
 
 def _held(
-    module: nn.Module, sparse: Iterable[SparseLayer], state: State, taken: set[int]
+    module: nn.Module, sparse: Iterable[SparseLayer], made: Trained, taken: set[int]
 ) -> dict[str, int]:
     """Bytes of the tensors of a module that are not taken; they are afterwards."""
     parameters = [p for p in module.parameters() if id(p) not in taken]
@@ -187,19 +201,19 @@ def _held(
     parts = {
         "values_bytes": _bytes([*parameters, *(b for b in buffers if id(b) not in index)]),
         "index_bytes": _bytes(b for b in buffers if id(b) in index),
-        "gradient_bytes": _bytes(p for p in parameters if p.requires_grad),
-        "optimizer_bytes": sum(_bytes(_state_tensors(p, state)) for p in parameters),
+        "gradient_bytes": _bytes(p for p in parameters if id(p) in made.gradients),
+        "optimizer_bytes": sum(_bytes(_state_tensors(p, made)) for p in parameters),
     }
     return parts | {"held_bytes": sum(parts.values())}
 
 
-def _spared(sparse: Iterable[SparseLayer], state: State) -> int:
+def _spared(sparse: Iterable[SparseLayer], made: Trained) -> int:
     """Bytes that dense weights, gradients and optimizer state would take beyond these values'."""
     more = 0
     for layer in sparse:
         values = layer.values
-        like = [t for t in _state_tensors(values, state) if t.shape == values.shape]
-        size = values.element_size() * (2 if values.requires_grad else 1)
+        like = [t for t in _state_tensors(values, made) if t.shape == values.shape]
+        size = values.element_size() * (2 if id(values) in made.gradients else 1)
         size += sum(t.element_size() for t in like)
         more += (math.prod(layer.weight_shape) - values.numel()) * size
     return more
@@ -213,9 +227,12 @@ def _active(layer: SparseLayer) -> int:
     return layer.nnz
 
 
-def _state_tensors(parameter: Tensor, state: State) -> list[Tensor]:
-    return [t for t in state.get(parameter, {}).values() if isinstance(t, Tensor)]
+def _dense_weights(module: nn.Module) -> list[Tensor]:
+    """The dense weight matrices in a layer; all of those of attention and rarer convolutions."""
+    if isinstance(module, MATRICES):
+        return [p for p in module.parameters() if p.dim() > 1]
+    return [w.parameter for m in module.modules() for w in weights_of(m).values()]
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _state_tensors(parameter: Tensor, made: Trained) -> list[Tensor]:
+    return tensors(dict(made.state.get(parameter, {})))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from sparsekern.nn import SparseLayer
+from sparsekern.nn.kinds import weights_of
+from sparsekern.nn.recurrent_base import SparseRecurrent
 from sparsekern.planning import cpu_rates
 from sparsekern.planning.roofline import H200, OPERATIONS, Problem, Roofline, device_named
 from sparsekern.profiling.flops import Count
@@ -21,25 +26,26 @@ def predicted_seconds(
 
     On the CPU from `planning.cpu_rates`, on a GPU a lower bound from `planning.roofline`.
     """
-    if not row.weights or not row.step_flops:
+    recurrent = isinstance(module, SparseRecurrent | nn.RNNBase | nn.RNNCellBase)
+    if not row.weights or not row.step_flops or (row.shape is None and not recurrent):
         return None
-    return _on_gpu(row, module, count) if device.type == "cuda" else _on_cpu(row, count)
+    if device.type == "cuda":
+        return _on_gpu(row, module, count)
+    return row.calls * _on_cpu(row, module, count)
 
 
-def _on_cpu(row: LayerRow, count: Count) -> float:
+def _on_cpu(row: LayerRow, module: nn.Module, count: Count) -> float:
+    """Seconds of one call."""
     kind, threads = _kind(row), torch.get_num_threads()
     stored = round(row.weights * row.forward_flops / max(row.forward_flops_dense, 1))
-    steps = 0
+    steps, numbers = 0, count.numbers / row.calls
     if kind == "recurrent":
-        steps = max(1, row.forward_flops_dense // (2 * row.weights))
-    work = cpu_rates.Work(row.step_flops, count.numbers, stored, steps)
+        tokens = row.forward_flops_dense / (2 * row.weights * row.calls)
+        steps, numbers = _time_steps(module, count.given), tokens * _features(module)
+    work = cpu_rates.Work(row.step_flops / row.calls, numbers, stored, steps)
     if row.block is None or row.impl == "dense":
-        seconds = cpu_rates.dense_seconds(kind, work, threads)
-        fixed = cpu_rates.FIXED[kind].dense_call
-    else:
-        seconds = cpu_rates.sparse_seconds(kind, row.block, work, threads)
-        fixed = cpu_rates.FIXED[kind].sparse_call
-    return seconds + (row.calls - 1) * fixed
+        return cpu_rates.dense_seconds(kind, work, threads)
+    return cpu_rates.sparse_seconds(kind, row.block, work, threads)
 
 
 def _on_gpu(row: LayerRow, module: nn.Module, count: Count) -> float | None:
@@ -65,3 +71,18 @@ def _kind(row: LayerRow) -> str:
     if len(row.shape) == 2:
         return "linear"
     return cpu_rates.kind_of(row.weights // (row.shape[0] * row.shape[1]))
+
+
+def _time_steps(module: Any, given: tuple[int, ...]) -> int:
+    """Of all layers and directions; a cell takes one."""
+    if not hasattr(module, "num_layers"):
+        return 1
+    length = given[1 if module.batch_first and len(given) == 3 else 0]
+    return int(length) * module.num_layers * (2 if module.bidirectional else 1)
+
+
+def _features(module: nn.Module) -> int:
+    """Inputs and outputs of all weights of a recurrent layer."""
+    sparse = [m.matrix_shape for m in module.modules() if isinstance(m, SparseLayer)]
+    dense = [w.shape for m in module.modules() for w in weights_of(m).values()]
+    return sum(rows + cols for rows, cols in [*sparse, *dense])

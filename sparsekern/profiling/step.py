@@ -40,7 +40,16 @@ def forward(twin: Twin, loss: Loss) -> Tensor:
     Raises:
         ModelError: the model fails, or the loss is no number that can be differentiated.
     """
-    value = loss(examples.run(twin.model, twin.examples))
+    output = examples.run(twin.model, twin.examples)
+    try:
+        value = loss(output)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"`loss` fails on {examples.described(output)}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ModelError(
             "`loss` must map the model's output to one number with a gradient; got "
