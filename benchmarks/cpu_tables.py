@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end import NETWORKS, VARIANTS
+from benchmarks.end_to_end import VARIANTS
+from benchmarks.end_to_end_networks import NETWORKS
 from benchmarks.environment import RESULTS
 from benchmarks.suite import bench_conv2d, bench_linear, bench_recurrent
 from sparsekern.bench import plot
@@ -119,12 +120,13 @@ def end_to_end(content: dict[str, Any]) -> str:
 
 def _variant(variants: Mapping[str, Any], name: str) -> list[str]:
     own, dense = variants[name], variants["dense"]
-    update, amortised = own["update_seconds"], "seconds_a_step_with_updates"
+    update, with_updates = own["update_seconds"], own["seconds_a_step_with_updates"]
+    amortised = dense["seconds_a_step_with_updates"]
     return [
         _milliseconds(own["step_seconds"]),
         f"{own['dense_over_own']['ratio']:.2f}x",
-        f"{dense[amortised] / own[amortised]:.2f}x",
-        "-" if update is None else _milliseconds(update),
+        UNMEASURED if with_updates is None else f"{amortised / with_updates:.2f}x",
+        "-" if own["updates"] == 0 else _milliseconds(update),
         f"{own['peak_bytes']['step'] / 2**20:.1f} MiB",
         f"{sum(own['held_bytes'].values()) / 2**20:.1f} MiB",
         f"{own['step_flops'] / 1e9:.2f}",
@@ -132,7 +134,9 @@ def _variant(variants: Mapping[str, Any], name: str) -> list[str]:
     ]
 
 
-def _milliseconds(seconds: float) -> str:
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return UNMEASURED
     ms = 1e3 * seconds
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
 

@@ -27,16 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.end_to_end_data import images, text
+from benchmarks.end_to_end_networks import NETWORKS, Network
 from benchmarks.environment import RESULTS, environment
-from benchmarks.models import small_gpt
 from benchmarks.paired import ratios
+from benchmarks.suite.convert import unwritable
 from sparsekern.accounting import held_bytes
-from sparsekern.config import TrainConfig
 from sparsekern.data import Dataset
 from sparsekern.profiling.memory import peak_bytes
 from sparsekern.progress import Progress
@@ -48,62 +47,6 @@ LAST_SHARE = 0.1
 """Of the steps: the loss at the end is their mean."""
 
 OUT = RESULTS / "cpu" / "end_to_end.json"
-
-
-@dataclass(frozen=True)
-class Network:
-    """What is trained, and for how long.
-
-    Attributes:
-        title: for people.
-        config: of the training; its `impl` is that of the variant.
-        steps: weight steps.
-        edge: of the images; None for text.
-    """
-
-    title: str
-    config: TrainConfig
-    steps: int
-    edge: int | None
-
-
-def gpt(vocab: int, seq_len: int) -> nn.Module:
-    """The small GPT, four blocks deep."""
-    return small_gpt(vocab, seq_len, depth=4)
-
-
-COMMON = TrainConfig(data="fashion-mnist", sparsity=0.9, distribution="uniform", momentum=0.9)
-NETWORKS = {
-    "mlp": Network(
-        "MLP 784-1024-512-10, unstructured",
-        replace(COMMON, hidden=(1024, 512), block=1, lr=0.05, batch_size=128, update_freq=100),
-        steps=600,
-        edge=28,
-    ),
-    "wrn": Network(
-        "WRN-22-2, block 16",
-        replace(COMMON, model="wide_resnet_22_2", block=16, batch_size=32, update_freq=40),
-        steps=200,
-        edge=32,
-    ),
-    "gpt": Network(
-        "GPT of width 256 and depth 4, block 32",
-        replace(
-            COMMON,
-            data="text",
-            model="benchmarks.end_to_end:gpt",
-            block=32,
-            batch_size=8,
-            seq_len=128,
-            optimizer="adamw",
-            lr=1e-3,
-            weight_decay=0.01,
-            update_freq=40,
-        ),
-        steps=250,
-        edge=None,
-    ),
-}
 
 
 # ---- training
@@ -184,11 +127,10 @@ def summary(courses: dict[str, Course]) -> dict[str, Any]:
     for name, one in courses.items():
         last = one.losses[-max(1, int(LAST_SHARE * len(one.losses))) :]
         one.peaks["step"] = peak_bytes(one.trainer.step)
-        total = sum(one.times) + statistics.mean(one.update_times or [0.0]) * _updates(one)
         rows[name] = {
             "step_seconds": statistics.median(one.times),
             "dense_over_own": ratios(dense.times, one.times),
-            "seconds_a_step_with_updates": total / len(one.times),
+            "seconds_a_step_with_updates": _amortised(one),
             "update_seconds": statistics.median(one.update_times) if one.update_times else None,
             "updates": _updates(one),
             "peak_bytes": one.peaks,
@@ -207,6 +149,16 @@ def step_flops(trainer: Trainer) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trainer.step()
     return int(counter.get_total_flops())
+
+
+def _amortised(one: Course) -> float | None:
+    """Seconds of a step with its share of the updates; None if there were, and none was timed."""
+    if _updates(one) == 0:
+        return statistics.mean(one.times)
+    if not one.update_times:
+        return None
+    updates = statistics.mean(one.update_times) * _updates(one)
+    return (sum(one.times) + updates) / len(one.times)
 
 
 def _updates(one: Course) -> int:
@@ -232,7 +184,6 @@ def measured_before(path: Path) -> dict[str, Any]:
 
 def write(path: Path, rows: dict[str, Any]) -> None:
     """In one step: a reader finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     ordered = {name: rows[name] for name in NETWORKS if name in rows}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"networks": ordered}, indent=1) + "\n")
@@ -266,19 +217,26 @@ def run(network: Network, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def line(name: str, one: dict[str, Any]) -> str:
     """A variant in a line."""
-    update = f"{1e3 * one['update_seconds']:.1f} ms" if one["update_seconds"] else "-"
+    update, amortised = one["update_seconds"], one["seconds_a_step_with_updates"]
     return (
-        f"  {name:<7} step {1e3 * one['step_seconds']:8.1f} ms  "
-        f"{one['dense_over_own']['ratio']:.2f}x  with updates "
-        f"{1e3 * one['seconds_a_step_with_updates']:8.1f} ms  update {update}  peak "
+        f"  {name:<7} step {_milliseconds(one['step_seconds'])}  "
+        f"{one['dense_over_own']['ratio']:.2f}x  with updates {_milliseconds(amortised)}  update "
+        f"{'-' if one['updates'] == 0 else _milliseconds(update)}  peak "
         f"{one['peak_bytes']['step'] / 2**20:.1f} MiB  {one['step_flops'] / 1e9:.2f} GFLOP  loss "
         f"{one['loss_mean']:.3f}, at the end {one['loss_last']:.3f}\n"
     )
 
 
+def _milliseconds(seconds: float | None) -> str:
+    return "not measured" if seconds is None else f"{1e3 * seconds:8.1f} ms"
+
+
 def main() -> int:
     """Train the networks asked for; returns 1 if one failed."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if why := unwritable(arguments.out):
+        parser.error(why)
     torch.set_num_threads(arguments.threads)
     rows, failed = measured_before(arguments.out), False
     for name in arguments.only:

@@ -315,6 +315,48 @@ def test_end_to_end_fills_its_table(tmp_path, monkeypatch, capsys):
     assert table.count("not yet measured") == 2
 
 
+def test_updates_that_were_not_timed_are_not_free():
+    def course(updates, update_times):
+        method = argparse.Namespace(history=[None] * updates)
+        trainer = argparse.Namespace(method=method if updates else None)
+        return end_to_end.Course(trainer, [1.0, 2.0], update_times, [], {})
+
+    assert end_to_end._amortised(course(0, [])) == 1.5
+    assert end_to_end._amortised(course(4, [0.5, 1.5])) == 3.5
+    assert end_to_end._amortised(course(2, [])) is None
+
+
+def test_one_timed_update_is_told_as_unmeasured(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "end_to_end.json"
+    # an update before the steps 1 and 2: the first warms up, the second gives the peak
+    arguments = ["--only", "mlp", "--steps", "2", "--threads", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["end_to_end", *arguments])
+    assert end_to_end.main() == 0
+    assert "with updates not measured  update not measured" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    variants = content["networks"]["mlp"]["variants"]
+    assert variants["sparse"]["updates"] > 0
+    assert variants["sparse"]["seconds_a_step_with_updates"] is None
+    assert variants["dense"]["seconds_a_step_with_updates"] is not None
+    assert "| sparse |" in cpu_tables.end_to_end(content)
+    assert f"| {cpu_tables.UNMEASURED} | {cpu_tables.UNMEASURED} |" in (
+        cpu_tables.end_to_end(content)
+    )
+
+
+@pytest.mark.parametrize("name", ["suite", "end_to_end"])
+def test_results_that_could_not_be_written_are_not_measured(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    module = {"suite": driver, "end_to_end": end_to_end}[name]
+    monkeypatch.setattr(module, "run", lambda *_: pytest.fail("measured"))
+    for out in (tmp_path / "file" / "out.json", tmp_path):
+        monkeypatch.setattr(sys, "argv", [name, "--out", str(out)])
+        with pytest.raises(SystemExit) as error:
+            module.main()
+        assert error.value.code == 2
+        assert f"--out must be a file that can be written; got {out}" in capsys.readouterr().err
+
+
 def test_a_network_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     out = tmp_path / "end_to_end.json"
     end_to_end.write(out, {"gpt": {"title": "before"}})

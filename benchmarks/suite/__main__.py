@@ -177,10 +177,12 @@ def _line(row: convert.Row) -> str:
 
 def main() -> int:
     """Returns 1 if a case failed; the others are saved all the same."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
     whole = set(arguments.only) == set(FAMILIES) and not (arguments.select or arguments.quick)
     out = arguments.out or (WHOLE if whole else PART)  # a part does not replace the whole
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if why := convert.unwritable(out):
+        parser.error(why)
     # the file that is there stays until the new one is complete
     record = Record(out.with_name(f"{out.stem}.partial.json"))
     began = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ def write(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> No
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(f'{head},\n "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n")
     partial.replace(path)
+
+
+def unwritable(path: Path) -> str | None:
+    """Make the folder of a result file; says why it could not be written, before hours go by."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        return f"--out must be a file that can be written; got {path}: {error}"
+    return f"--out must be a file that can be written; got {path}" if path.is_dir() else None
 
 
 def _short(value: Any) -> Any:
