@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.blocks import Block
+from sparsekern.devices import as_device
 from sparsekern.errors import ConfigError
 from sparsekern.examples import Examples
 from sparsekern.models import find
@@ -24,6 +25,14 @@ DTYPES: dict[str, torch.dtype] = {
     "int32": torch.int32,
 }
 """Dtypes of example inputs by name; the integers are tokens."""
+
+
+DOMAINS = {
+    "threads": (1, 1024),  # far more make torch abort
+    "vocab": (1, 2**31 - 1),
+    "seed": (0, 2**64 - 1),  # as torch.manual_seed takes it
+}
+"""Least and most of options that are integers."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--input-dtype", choices=tuple(DTYPES), help="default: float32, int64 with --vocab"
     )
     group.add_argument("--vocab", type=int, metavar="N", help="tokens are drawn from 0 to N - 1")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="from 0; default: 0")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cpu")
     where.add_argument(
@@ -71,7 +80,8 @@ def model_and_examples(arguments: argparse.Namespace) -> tuple[nn.Module, Exampl
     _check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = torch.device("meta") if arguments.meta else _device(arguments.device)
+    named = as_device(arguments.device or "cpu")
+    device = torch.device("meta") if arguments.meta else _usable(named)
     torch.manual_seed(arguments.seed)
     # only meta tensors must be made in place: a model may well be built on the CPU and then move
     with device if arguments.meta else contextlib.nullcontext():
@@ -88,7 +98,8 @@ def model_and_examples(arguments: argparse.Namespace) -> tuple[nn.Module, Exampl
         raise ConfigError(
             f"`model` {arguments.model}() brings no example inputs: give --input, like 64x3x32x32"
         )
-    return model.to(device), moved(examples, device)
+    with _explained(f"`device` {device} must have room for the model and its inputs"):
+        return model.to(device), moved(examples, device)
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -119,10 +130,10 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("threads", "vocab"):
+    for name, (least, most) in DOMAINS.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"`{name}` must be at least 1; got {value}")
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"`{name}` must lie in [{least}, {most}]; got {value}")
     dtype = _dtype(arguments)
     if arguments.input and dtype.is_floating_point == (arguments.vocab is not None):
         raise ConfigError(
@@ -138,14 +149,21 @@ def _dtype(arguments: argparse.Namespace) -> torch.dtype:
     return DTYPES[arguments.input_dtype or default]
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or "cpu")
+def _usable(device: torch.device) -> torch.device:
+    with _explained(f"`device` {str(device)!r} can't be used here"):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        told = str(error).partition("\n")[0]
-        raise ConfigError(f"`device` {name!r} can't be used here: {told}") from error
     return device
+
+
+@contextlib.contextmanager
+def _explained(text: str) -> Iterator[None]:
+    """Say what an error of torch's is about, which may name no option and be of any type."""
+    try:
+        yield
+    # torch asserts that it was built with CUDA, and some sizes overflow on their way to it
+    except (RuntimeError, MemoryError, AssertionError, OverflowError, TypeError) as error:
+        told = str(error).partition("\n")[0]
+        raise ConfigError(f"{text}: {told}") from error
 
 
 def _called(function: Callable[..., Any], spec: str) -> Any:
@@ -159,8 +177,9 @@ def _called(function: Callable[..., Any], spec: str) -> Any:
 def _drawn(sizes: tuple[int, ...], arguments: argparse.Namespace) -> Tensor:
     """Random numbers or tokens; of the meta device if asked, so that no memory is taken."""
     dtype = _dtype(arguments)
-    if arguments.meta:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-    if dtype.is_floating_point:
-        return torch.randn(sizes).to(dtype)
-    return torch.randint(arguments.vocab, sizes, dtype=dtype)
+    with _explained(f"`input` {'x'.join(map(str, sizes))} must fit into memory"):
+        if arguments.meta:
+            return torch.empty(sizes, dtype=dtype, device="meta")
+        if dtype.is_floating_point:
+            return torch.randn(sizes).to(dtype)
+        return torch.randint(arguments.vocab, sizes, dtype=dtype)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -62,15 +62,13 @@ def run(model: nn.Module, examples: Examples) -> Any:
             ) from error
 
 
-def recorded(
-    model: nn.Module, examples: Examples, wanted: Callable[[nn.Module], bool]
-) -> dict[str, list[Call]]:
-    """Run the model, and keep the calls of its modules that `wanted` picks, by their first name.
+@contextmanager
+def recording(
+    model: nn.Module, wanted: Callable[[nn.Module], bool]
+) -> Iterator[dict[str, list[Call]]]:
+    """Keep the calls of those of the model's modules that `wanted` picks, by their first name.
 
     Modules that are never called have an empty list.
-
-    Raises:
-        ModelError: see `run`.
     """
     calls: dict[str, list[Call]] = {}
     with ExitStack() as hooks:
@@ -82,14 +80,15 @@ def recorded(
                     with_kwargs=True,
                 )
                 hooks.callback(handle.remove)
-        run(model, examples)
-    return calls
+        yield calls
 
 
 def described(value: Any) -> str:
     """Shapes and dtypes of tensors, as an error message shows them."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {described(part)}' for key, part in value.items())}}}"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(described, value))})"
     return type(value).__name__

@@ -23,8 +23,8 @@ def aligned(cells: Cells, left: int = 1) -> list[str]:
 
 
 def markdown(cells: Cells, left: int = 1) -> list[str]:
-    """Lines of a Markdown table."""
-    head, *rows = cells
+    """Lines of a Markdown table; a "|" in a cell is escaped."""
+    head, *rows = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     marks = ["---" if i < left else "---:" for i in range(len(head))]
     return [f"| {' | '.join(row)} |" for row in [head, marks, *rows]]
 

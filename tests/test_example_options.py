@@ -97,12 +97,25 @@ def test_shapes_alone(made):
         (("words", "--input", "2"), r"must return an nn.Module, or one and its .*; got str"),
         (("fails", "--input", "2"), r"failed: RuntimeError: out of luck"),
         (("missing", "--input", "2"), r"expected example_nets:missing to import"),
-        (("net", "--input", "2", "--threads", "0"), r"`threads` must be at least 1; got 0"),
-        (("net", "--input", "2", "--vocab", "0"), r"`vocab` must be at least 1; got 0"),
+        (("net", "--input", "2", "--threads", "0"), r"`threads` must lie in .1, 1024.; got 0"),
+        (
+            ("net", "--input", "2", "--threads", "9" * 11),
+            r"`threads` must lie in .*; got 99999999999",
+        ),
+        (("net", "--input", "2", "--seed", "9" * 23), r"`seed` must lie in .*; got 9{23}"),
+        (("net", "--input", "2", "--vocab", "0"), r"`vocab` must lie in .1, \d+.; got 0"),
+        (("net", "--input", "x".join(["99999"] * 4)), r"`input` 99999x99999x99999x99999 must fit"),
+        (("net", "--input", "x".join(["99999"] * 4), "--meta"), r"`input` 99999x.* must fit"),
+        (("net", "--input", "9" * 30), r"`input` 9{30} must fit"),
         (("net", "--input", "2", "--input-dtype", "int64"), r"got int64 and vocab None"),
         (("net", "--input", "2", "--input-dtype", "float16", "--vocab", "3"), r"float16 and vocab"),
         (("both", "--vocab", "3"), r"describe `input`; got no `input`"),
-        (("net", "--input", "2", "--device", "nowhere"), r"`device` 'nowhere' can't be used here"),
+        (
+            ("net", "--input", "2", "--device", "nowhere"),
+            r"`device` must be one of .* got 'nowhere'",
+        ),
+        (("net", "--input", "2", "--device", "cuda:99"), r"`device` 'cuda:99' can't be used here"),
+        (("net", "--input", "2", "--meta", "--device", "odd"), r"`device` must be one of"),
     ],
 )
 def test_bad_options(made, arguments, text):

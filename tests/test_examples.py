@@ -1,5 +1,7 @@
 """Example inputs: how they are passed on, what is recorded, and which layer is blamed."""
 
+from types import MappingProxyType
+
 import pytest
 import torch
 from torch import nn
@@ -22,7 +24,8 @@ class Sum(nn.Module):
 )
 def test_calls_are_recorded_by_name(given):
     model = Sum()
-    calls = examples.recorded(model, given, lambda m: isinstance(m, nn.Linear))
+    with examples.recording(model, lambda m: isinstance(m, nn.Linear)) as calls:
+        examples.run(model, given)
     assert {name: len(own) for name, own in calls.items()} == {"first": 2, "second": 1}
     assert calls["second"][0].args[0].shape == (2, 3)
     assert calls["second"][0].output.shape == (2, 4)
@@ -39,3 +42,9 @@ def test_the_innermost_layer_that_fails_is_named():
 def test_wrong_arguments_of_the_model_itself():
     with pytest.raises(ModelError, match=r"\(Sum\) got .*TypeError"):
         examples.run(Sum(), torch.ones(2, 3))
+
+
+def test_what_is_shown_of_inputs():
+    given = {"ids": torch.ones(2, 3), "more": MappingProxyType({"mask": (torch.ones(2), 5)})}
+    shown = "{ids: float32(2, 3), more: {mask: (float32(2,), int)}}"
+    assert examples.described(given) == shown

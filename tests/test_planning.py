@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -12,9 +13,9 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.accounting import held_bytes
-from sparsekern.errors import ConfigError, DeviceError, DtypeError, ModelError
+from sparsekern.errors import ConfigError, DtypeError, ModelError
 from sparsekern.planning import cpu_rates
-from sparsekern.planning.layers import examine
+from sparsekern.planning.examine import examine
 from sparsekern.planning.predict import CudaTimes, _covered, predictor
 from sparsekern.planning.share import LEAST_SHARE
 
@@ -58,8 +59,8 @@ def meta(make):
         return make()
 
 
-def check_counts(plan, model):
-    """Counts, bytes and sparsities after `sparsify_` are those of the plan."""
+def check_counts(plan, model, inputs=None):
+    """Counts, bytes and sparsities after `sparsify_` and a step are those of the plan."""
     sk.sparsify_(model, **plan.arguments)
     layers = sk.sparse_layers(model)
     for row in plan.rows:
@@ -69,11 +70,10 @@ def check_counts(plan, model):
         dense = sum(math.prod(s) for name, s in row.shapes.items() if name not in parts)
         assert row.active == dense + sum(part.nnz for part in parts.values())
     optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    model(torch.ones(4, 1024) if inputs is None else inputs).sum().backward()
     optimizer.step()
     held = held_bytes(model, optimizer)
-    steps = 4 * len(list(model.parameters()))  # AdamW's counters
+    steps = 4 * len(optimizer.state)  # AdamW's counters
     assert plan.totals.bytes == held.total - steps
 
 
@@ -92,7 +92,7 @@ def pair(block):
 )
 def test_sparsify_does_what_the_plan_says(distribution, asked):
     plan = sk.plan(Mixed(), images(), distribution=distribution, **asked)
-    check_counts(plan, Mixed())
+    check_counts(plan, Mixed(), images())
 
 
 @pytest.mark.parametrize("blocks", [(1,), (16,), ((8, 24),), (1, (16, 8), 32)])
@@ -102,7 +102,7 @@ def test_blocks_of_any_kind(blocks):
     assert {row.block for row in plan.rows} <= allowed
     assert all({o.block for o in row.options} <= allowed for row in plan.rows)
     assert any(row.block is not None for row in plan.rows)
-    check_counts(plan, Mixed())
+    check_counts(plan, Mixed(), images())
 
 
 def test_a_filter_goes_into_the_arguments():
@@ -207,7 +207,7 @@ def test_layers_left_out_of_account():
     assert rows["stem"].why == "no block fits its 32 x 3 channels"
     assert rows["grouped"].why == "no block fits its 32 x 16 channels"
     assert "depthwise" not in rows
-    check_counts(plan, Mixed())
+    check_counts(plan, Mixed(), images())
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.97, 0.999999])
@@ -221,7 +221,7 @@ def test_a_grouped_convolution_keeps_a_block_in_each_group(sparsity):
         distribution="uniform",
         filter_fn=lambda *_: True,
     )
-    check_counts(plan, copy.deepcopy(model))
+    check_counts(plan, copy.deepcopy(model), torch.ones(2, 64, 8, 8))
     grouped = plan.rows[0]
     assert grouped.active >= 4 * 64
     if sparsity > 0.99:
@@ -232,7 +232,7 @@ def test_a_group_of_one_block_stays_dense():
     model = nn.Sequential(nn.Conv2d(64, 64, 1, groups=4), nn.Conv2d(64, 256, 3))
     plan = sk.plan(model, torch.ones(2, 64, 8, 8), sparsity=0.9, blocks=(16,))
     assert plan.rows[0].block is None
-    check_counts(plan, model)
+    check_counts(plan, model, torch.ones(2, 64, 8, 8))
 
 
 def test_calls_and_shapes_of_every_kind_of_layer():
@@ -243,7 +243,8 @@ def test_calls_and_shapes_of_every_kind_of_layer():
     assert [(u.tokens, u.steps) for u in uses["gru"]] == [(4 * 21, 2 * 21)]
     assert [(u.tokens, u.steps) for u in uses["cell"]] == [(4, 1)]
     assert uses["unused"] == ()
-    own = 6 * sum(layer.tokens * layer.size for layer in found.layers)
+    assert [u.states for u in uses["gru"]] == [4 * 20]  # the first state is no result
+    own = sum(u.step_flops(p, p.size) for la in found.layers for u in la.uses for p in la.parts)
     depthwise = 6 * 4 * 5 * 5 * 64 * 9
     assert found.step_flops == own + depthwise
 
@@ -259,7 +260,171 @@ def test_a_layer_called_twice_counts_twice():
     shared = nn.Linear(64, 64)
     (row,) = sk.plan(nn.Sequential(shared, nn.ReLU(), shared), torch.ones(8, 64), sparsity=0.5).rows
     assert row.inputs == ((8, 64), (8, 64))
-    assert row.dense_flops == 2 * 6 * 8 * 64 * 64
+    assert row.dense_flops == (2 + 3) * 2 * 8 * 64 * 64  # the first input needs no gradient
+
+
+# ---- what a step computes, as `profile` counts it
+
+
+class Convolutions(nn.Module):
+    """One that is called twice, one grouped, one depthwise, one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.again = nn.Conv2d(32, 32, 3, padding=1)
+        self.grouped = nn.Conv2d(32, 64, 3, groups=2, stride=2)
+        self.depthwise = nn.Conv2d(64, 64, 3, groups=64)
+        self.flat = nn.Conv1d(64, 48, 5)
+        self.head = nn.Linear(48, 70)
+        self.unused = nn.Linear(128, 128)
+
+    def forward(self, x):
+        y = self.again(self.again(self.stem(x)).relu())
+        y = self.depthwise(self.grouped(y).relu())
+        return self.head(self.flat(y.flatten(2)).mean(2))
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 300), nn.ReLU(), nn.Linear(300, 10)
+    )
+
+
+def frozen_mlp():
+    model = mlp()
+    model[0].requires_grad_(False)
+    model[4].weight.requires_grad_(False)
+    return model
+
+
+class Aside(nn.Module):
+    """One layer works without gradients, one for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.idle, self.last = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.first(x)
+        self.idle(x)
+        return self.last(x)
+
+
+STEPS = [
+    (mlp, (8, 784)),
+    (frozen_mlp, (8, 784)),
+    (Convolutions, (2, 3, 15, 15)),
+    (Aside, (8, 64)),
+    (lambda: nn.Sequential(nn.GRU(48, 32)), (7, 3, 48)),
+    (lambda: nn.Sequential(nn.LSTM(24, 32, 2, bidirectional=True)), (7, 3, 24)),
+    (Mixed, (4, 3, 15, 15)),
+]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("make", "shape"), STEPS, ids=range(len(STEPS)))
+def test_flops_and_gradients_are_those_of_a_profile(make, shape, grad):
+    model, x = make(), torch.ones(shape, requires_grad=grad)
+    options = {"sparsity": 0.8, "blocks": ((8, 12), 1), "filter_fn": lambda *_: True}
+    plan = sk.plan(model, x, **options)
+    dense = sk.profile(model, x, measure=False).layers
+    sk.sparsify_(model, **plan.arguments)
+    planned = sk.profile(model, x, measure=False).layers
+    assert plan.totals.dense_flops == sum(row.step_flops for row in dense)
+    assert plan.totals.flops == sum(row.step_flops for row in planned)
+    if not any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in make().modules()):
+        # of these a sparse layer, which always makes the first state's gradient, counts it as dense
+        assert plan.totals.dense_flops == sum(row.step_flops_dense for row in planned)
+
+
+@pytest.mark.parametrize(("make", "shape"), STEPS[:3])
+def test_a_flops_budget_is_kept_when_profiled(make, shape):
+    model, x = make(), torch.ones(shape)
+    sk.sparsify_(model, **sk.plan(model, x, budget=sk.Budget(flops=0.25)).arguments)
+    rows = sk.profile(model, x, measure=False).layers
+    assert sum(row.step_flops for row in rows) <= 0.25 * sum(row.step_flops_dense for row in rows)
+
+
+def test_a_model_with_nothing_to_train_only_goes_forward():
+    plan = sk.plan(mlp().requires_grad_(False), torch.ones(8, 784), sparsity=0.5)
+    assert plan.totals.dense_flops == 2 * 8 * plan.totals.weights
+    assert plan.totals.dense_bytes == sum(4 * p.numel() for p in mlp().parameters())
+
+
+class Ordered(nn.Module):
+    """Calls its layers by name, the input last."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.linear = nn.GRU(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        y = self.gru(hx=x.new_zeros(1, x.shape[1], 24), input=x)[0]
+        return self.linear(input=y)
+
+
+def test_the_input_is_found_by_name():
+    rows = sk.plan(Ordered(), torch.ones(5, 3, 16), sparsity=0.5).rows
+    assert [row.inputs for row in rows] == [((5, 3, 16),), ((5, 3, 24),)]
+
+
+@dataclasses.dataclass
+class Output:
+    scores: torch.Tensor
+
+
+class Wrapped(nn.Sequential):
+    def forward(self, x):
+        return Output(super().forward(x))
+
+
+def test_outputs_may_be_fields():
+    wrapped = sk.plan(Wrapped(nn.Linear(64, 64)), torch.ones(8, 64), sparsity=0.5)
+    assert wrapped == sk.plan(nn.Sequential(nn.Linear(64, 64)), torch.ones(8, 64), sparsity=0.5)
+
+
+# ---- what it leaves alone
+
+
+class Busy(nn.Module):
+    """Counts its calls and writes to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.layer, self.drop = 0, nn.Linear(64, 64), nn.Dropout()
+
+    def forward(self, x):
+        self.n += 1
+        return self.layer(self.drop(x.add_(torch.rand(()))))
+
+
+@pytest.mark.parametrize("options", [{}, {"measure": True, "seconds": 0.01}])
+def test_neither_model_nor_inputs_nor_random_numbers_change(options):
+    model, x, state = Busy(), torch.ones(8, 64), torch.get_rng_state()
+    sk.plan(model, x, sparsity=0.5, blocks=(1,), **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, torch.ones(8, 64))
+    assert model.n == 0
+    assert model.layer.weight.grad is None
+
+
+def test_a_compiled_model_is_planned_as_it_was_written():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    plain = sk.plan(model, torch.ones(8, 64), sparsity=0.5)
+    compiled = torch.compile(model, backend="aot_eager")
+    plan = sk.plan(compiled, torch.ones(8, 64), sparsity=0.5)
+    assert [row.name for row in plan.rows] == ["_orig_mod.0", "_orig_mod.2"]
+    assert plan.totals == plain.totals
+    sk.sparsify_(compiled, **plan.arguments)
+    assert set(sk.sparse_layers(model)) == {"0", "2"}
+
+
+def test_one_pattern_excludes_as_several_do():
+    options = {"sparsity": 0.5}
+    one = sk.plan(wide(), torch.ones(4, 1024), exclude="0", **options)
+    assert one == sk.plan(wide(), torch.ones(4, 1024), exclude=("0",), **options)
 
 
 # ---- break-even
@@ -470,9 +635,27 @@ def test_a_plan_is_a_value():
         ({"sparsity": 0.9, "distribution": "odd"}, ConfigError, "`distribution` must be one"),
         ({"sparsity": 0.9, "exclude": ("nothing",)}, ConfigError, "matches no module"),
         ({"sparsity": 0.9, "exclude": ("*",)}, ConfigError, "no layer that could be made sparse"),
-        ({"sparsity": 0.9, "device": "odd"}, ConfigError, "`device` 'odd' can't be used here"),
-        ({"sparsity": 0.9, "device": "mps"}, DeviceError, "`device` must be cpu or cuda; got mps"),
+        ({"sparsity": 0.9, "device": "odd"}, ConfigError, "`device` must be one of .*; got 'odd'"),
+        ({"sparsity": 0.9, "device": "mps"}, ConfigError, "`device` must be one of .*; got 'mps'"),
+        ({"sparsity": 0.9, "device": 3.5}, DtypeError, "`device` must be a torch.device or a str"),
         ({"sparsity": 0.9, "seconds": 0}, ConfigError, "`seconds` must be a positive number"),
+        ({"sparsity": 0.9, "seconds": -1}, ConfigError, "`seconds` must be a positive number"),
+        ({"sparsity": 0.9, "seconds": "a"}, DtypeError, "`seconds` must be a number; got 'a'"),
+        ({"sparsity": 0.9, "seconds": None}, DtypeError, "`seconds` must be a number; got None"),
+        ({"sparsity": 0.9, "exclude": 3}, DtypeError, "`exclude` must be globs or .*; got 3"),
+        (
+            {"sparsity": 0.9, "exclude": ("0", 3)},
+            DtypeError,
+            "`exclude` must be globs or .*; got 3",
+        ),
+        ({"sparsity": 0.9, "filter_fn": 3}, DtypeError, "`filter_fn` must be a function .*; got 3"),
+        (
+            {"sparsity": 0.9, "filter_fn": lambda m, _: m.odd},
+            ConfigError,
+            "`filter_fn` must tell .*; of '0' it raised AttributeError",
+        ),
+        ({"sparsity": 0.9, "generator": 3}, DtypeError, "`generator` must be a torch.Generator"),
+        ({"sparsity": 0.9, "on_layer": 3}, DtypeError, "`on_layer` must be a function .*; got 3"),
         ({"sparsity": 0.9, "seconds": math.nan}, ConfigError, "`seconds` must be a positive"),
         ({"sparsity": 0.9, "optimizer_states": -1}, ConfigError, "`optimizer_states` must be"),
         ({"sparsity": 0.9, "optimizer_states": 1.0}, ConfigError, "`optimizer_states` must be"),
@@ -498,9 +681,52 @@ def test_bad_budgets(limits, error, text):
         sk.Budget(**limits)
 
 
+class Uncopied(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("there is but one")
+
+
+class Detached(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class NoWayBack(torch.autograd.Function):
+    @staticmethod
+    def forward(_context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_context, _dy):
+        raise RuntimeError("no way back")
+
+
+class Unlearnable(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return NoWayBack.apply(super().forward(x))
+
+
 @pytest.mark.parametrize(
     ("model", "error", "text"),
     [
+        (None, DtypeError, "`model` must be an nn.Module; got None"),
+        (nn.Sequential(nn.LazyLinear(4)), ConfigError, "shapes: run it once before; got 0.weight"),
+        (Uncopied(), ModelError, "`model` must be one that copy.deepcopy takes"),
+        (Detached(), ModelError, "must have an output that depends on a parameter"),
+        (
+            Unlearnable(),
+            ModelError,
+            "fails on the example inputs in its backward pass: .* no way back",
+        ),
         (nn.Sequential(nn.ReLU()), ConfigError, "no layer that could be made sparse"),
         (nn.Linear(4, 4), DtypeError, "got a bare Linear: wrap it in nn.Sequential"),
         (nn.Sequential(nn.Linear(5, 4)), ModelError, "its layer '0' .Linear. got"),

@@ -18,7 +18,7 @@ from sparsekern.errors import ConfigError, MeasurementError
 from sparsekern.planning import PlanInterrupted
 from sparsekern.planning import measure as measuring
 from sparsekern.planning.curves import Curve, density_of
-from sparsekern.planning.layers import examine
+from sparsekern.planning.examine import examine
 from sparsekern.planning.predict import BreakEven, predictor
 
 DENSE_SECONDS = 0.5
@@ -223,6 +223,38 @@ def test_an_error_names_the_layer_and_carries_what_was_measured(timed, monkeypat
     assert len(e.value.plan.rows) == 3
 
 
+def test_an_error_of_on_layer_is_its_own(timed):
+    timed(lambda _: 0.5)
+
+    def fails(_plan):
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(MeasurementError, match="^`on_layer` failed: RuntimeError: out of") as e:
+        sk.plan(net(), X, on_layer=fails, **OPTIONS)
+    sources = [row.source for row in e.value.plan.rows]
+    assert [s.startswith("measured on") for s in sources] == [True, True, False]
+
+
+def test_what_is_not_trained_is_measured_without_gradients(timed, monkeypatch):
+    timed(lambda _: 0.5)
+    runs = []
+    real = torch.autograd.backward
+
+    def backward(*arguments):
+        runs.append(arguments)
+        real(*arguments)
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    model[0].requires_grad_(False)
+    (first, last) = examine(model, X.detach(), "erk", None, ()).layers
+    options = {"device": torch.device("cpu"), "seconds": 0.01, "generator": None}
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    measuring.measure(first, [(1, 1)], [0.5], **options)
+    assert runs == []
+    measuring.measure(last, [(1, 1)], [0.5], **options)
+    assert runs != []
+
+
 # ---- curves
 
 
@@ -385,6 +417,8 @@ def test_the_json_file_is_written_after_every_layer(command, tmp_path, timed, mo
         (("planned_nets:both", "--flops", "2"), "`budget` flops is a share"),
         (("planned_nets:both", "--sparsity", "0.5", "--json", "no/p.json"), "an existing folder"),
         (("planned_nets:both", "--sparsity", "0.5", "--csv", "."), "`csv` must be a file"),
+        (("planned_nets:both", "--sparsity", "0.5", "--json", "/proc/x.json"), "can be written"),
+        (("planned_nets:both", "--sparsity", "0.5", "--seed", "9" * 23), "`seed` must lie in"),
         (("nowhere:net", "--sparsity", "0.5"), "expected nowhere:net to import"),
         (("planned_nets:net", "--input", "4x63", "--sparsity", "0.5"), "its layer '0' (Linear)"),
         (("planned_nets:both", "--sparsity", "0.5", "--blocks", "0"), "edges must be at least 1"),

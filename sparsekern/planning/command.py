@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from sparsekern import example_options
+from sparsekern import example_options, output_files
 from sparsekern.blocks import Block
 from sparsekern.distribution import DISTRIBUTIONS
-from sparsekern.errors import ConfigError, MeasurementError
+from sparsekern.errors import MeasurementError
 from sparsekern.planning.planner import BLOCKS, SECONDS, PlanInterrupted, plan
 from sparsekern.planning.result import Budget, Plan
 from sparsekern.planning.show import shown
-
-WRITERS: dict[str, Callable[[Plan], str]] = {
-    "json": Plan.to_json,
-    "csv": Plan.to_csv,
-    "markdown": Plan.to_markdown,
-}
-"""Options that name a file, and what goes into it."""
 
 
 def add_parser(commands: Any) -> None:
@@ -37,13 +28,7 @@ def add_parser(commands: Any) -> None:
     example_options.add_options(parser)
     _add_target(parser)
     _add_choices(parser)
-    output = parser.add_argument_group("what to write")
-    output.add_argument(
-        "--json", type=Path, metavar="FILE", help="everything; while measuring, after each layer"
-    )
-    output.add_argument("--csv", type=Path, metavar="FILE", help="a line for each layer")
-    output.add_argument("--markdown", type=Path, metavar="FILE", help="the table that is printed")
-    output.add_argument("--quiet", action="store_true", help="no progress, only the plan")
+    output_files.add_options(parser, json="everything; while measuring, after each layer")
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         ConfigError: an option is out of its domain; nothing has been measured then.
         MeasurementError, PlanInterrupted: after the partial plan was written.
     """
-    files = {name: getattr(arguments, name) for name in WRITERS}
-    _check(files)
+    files = output_files.files_of(arguments)
     budget = _budget(arguments)
     model, examples = example_options.model_and_examples(arguments)
     try:
@@ -125,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
             seconds=arguments.seconds,
             optimizer_states=arguments.optimizer_states,
             quiet=arguments.quiet,
-            on_layer=lambda so_far: _write(so_far, {"json": files["json"]}),
+            on_layer=lambda so_far: output_files.write(so_far, {"json": files["json"]}),
         )
     except (MeasurementError, PlanInterrupted) as error:
         if isinstance(error.plan, Plan):
@@ -135,28 +119,10 @@ def run(arguments: argparse.Namespace) -> None:
     _report(made, files)
 
 
-def _report(made: Plan, files: dict[str, Path | None]) -> None:
+def _report(made: Plan, files: output_files.Files) -> None:
     sys.stdout.write(f"{made}\n")
-    for path in _write(made, files):
+    for path in output_files.write(made, files):
         sys.stdout.write(f"Written: {path}\n")
-
-
-def _write(made: Plan, files: dict[str, Path | None]) -> list[Path]:
-    """Write the files that were asked for, each whole or not at all."""
-    written = []
-    for name, path in files.items():
-        if path is not None:
-            fresh = path.with_name(f".{path.name}.part")
-            fresh.write_text(WRITERS[name](made))
-            fresh.replace(path)
-            written.append(path)
-    return written
-
-
-def _check(files: dict[str, Path | None]) -> None:
-    for name, path in files.items():
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ConfigError(f"`{name}` must be a file in an existing folder; got {str(path)!r}")
 
 
 def _budget(arguments: argparse.Namespace) -> Budget | None:

@@ -1,26 +1,21 @@
-"""The layers of a model that could be sparse, and what reaches them in one training step."""
+"""A layer that could be sparse: its weights, its calls, and what it costs in blocks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern.blocks import Block, Grid, active_count, as_block
-from sparsekern.errors import ConfigError, DtypeError, ModelError
-from sparsekern.examples import Call, Examples, recorded
-from sparsekern.models import evaluating
-from sparsekern.nn.kinds import SPARSE_TYPES, Weight, is_depthwise, weights_of
+from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.examples import Call
+from sparsekern.nn.kinds import Weight
 from sparsekern.planning.cpu_rates import kind_of
 from sparsekern.sampling import block_counts
-from sparsekern.swap import Pattern, Target, candidates
 
 INDEX_BYTES = 4  # int32
 
@@ -47,10 +42,12 @@ class Part(NamedTuple):
     Attributes:
         name: in the model, as `sparsify_` calls it.
         weight: its shape and parts.
+        trained: whether a training step makes a gradient of it.
     """
 
     name: str
     weight: Weight
+    trained: bool
 
     @property
     def size(self) -> int:
@@ -96,6 +93,9 @@ class Use(NamedTuple):
         numbers: that go in and come out; of a recurrent layer, of each of its products.
         steps: time steps that follow one another, over all layers and directions; 0 elsewhere.
         dx: whether the backward pass computes a gradient of the input.
+        dw: whether it computes one of a weight.
+        states: how often it computes a gradient of the state before, of a recurrent layer; less
+            often than there are time steps if the first state needs none.
     """
 
     shape: tuple[int, ...]
@@ -103,11 +103,32 @@ class Use(NamedTuple):
     numbers: int
     steps: int
     dx: bool
+    dw: bool
+    states: int = 0
 
     @property
     def products(self) -> int:
-        """Of each weight: forward, weight gradient, and the input's gradient if it is needed."""
-        return 3 if self.dx else 2
+        """Of each weight: forward, and the gradients of weight and input that are needed."""
+        return 1 + self.dw + self.dx
+
+    def step_flops(self, part: Part, numbers: int, *, sparse: bool = False) -> int:
+        """FLOPs of a training step with a weight of so many numbers (1 multiply-add = 2 FLOPs).
+
+        Args:
+            part: the weight.
+            numbers: that are multiplied.
+            sparse: whether it belongs to a sparse layer.
+        """
+        dw = self.tokens if self.dw and part.trained else 0
+        return 2 * numbers * (self.tokens + dw + self._input_gradients(part.weight.name, sparse))
+
+    def _input_gradients(self, name: str, sparse: bool) -> int:
+        state = name.startswith("hh")
+        if state and not sparse:
+            return self.states
+        # a sparse layer computes that of the first state in any case
+        inner = state or ("_l" in name and not name.startswith("ih_l0"))  # of a stack, a projection
+        return self.tokens if self.dx or (inner and self.dw) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,133 +185,11 @@ class Layer:
     def key(self) -> tuple[Any, ...]:
         """Equal for layers that take the same time: kind, arguments, inputs and dtype."""
         inputs = tuple((u, *map(_layout, (c.args, c.kwargs))) for u, c in self._uses())
-        return type(self.module), self.module.extra_repr(), self.dtype, inputs
+        trained = tuple(p.requires_grad for p in self.module.parameters())
+        return type(self.module), self.module.extra_repr(), self.dtype, trained, inputs
 
     def _uses(self) -> Iterator[tuple[Use, Call]]:
         return zip(self.uses, self.calls, strict=True)
-
-
-class Model(NamedTuple):
-    """What there is to plan.
-
-    Attributes:
-        layers: those that `sparsify_` would share its sparsity out to.
-        depthwise: names of layers that a filter let through, but that have nothing to leave out.
-        step_flops: of a training step of the dense model, 3 times its forward products.
-        parameters: bytes of its parameters.
-        trained: bytes of those that are trained.
-        buffers: bytes of its buffers.
-    """
-
-    layers: tuple[Layer, ...]
-    depthwise: tuple[str, ...]
-    step_flops: int
-    parameters: int
-    trained: int
-    buffers: int
-
-
-def examine(
-    model: nn.Module,
-    examples: Examples,
-    distribution: str,
-    filter_fn: Callable[[nn.Module, str], bool] | None,
-    exclude: Sequence[Pattern],
-) -> Model:
-    """Run the model once, and gather its layers; nothing of it changes.
-
-    Raises:
-        ConfigError: there is no layer to plan, or an `exclude` pattern matches nothing.
-        DtypeError: `model` is itself a layer.
-        ModelError: it fails on the examples.
-    """
-    if weights_of(model):
-        raise DtypeError(
-            f"`model` must contain layers, as `sparsify_` takes it; got a bare "
-            f"{type(model).__name__}: wrap it in nn.Sequential"
-        )
-    first_stays = distribution == "uniform"
-    targets = candidates(model, filter_fn, exclude, first_conv_stays=first_stays)
-    depthwise = {t.owner for t in targets if is_depthwise(t.module)}
-    targets = [t for t in targets if t.owner not in depthwise]
-    if not targets:
-        kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
-        raise ConfigError(f"`model` has no layer that could be made sparse ({kinds})")
-    owners = {t.module for t in targets}
-    calls, flops = _watched(model, examples, owners.__contains__)
-    layers = [
-        _layer([t for t in targets if t.owner == owner], calls.get(owner, []))
-        for owner in dict.fromkeys(t.owner for t in targets)
-    ]
-    parameters = list(model.parameters())
-    return Model(
-        tuple(layers),
-        tuple(sorted(depthwise)),
-        3 * flops,
-        _bytes(parameters),
-        _bytes(p for p in parameters if p.requires_grad),
-        _bytes(model.buffers()),
-    )
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _watched(
-    model: nn.Module, examples: Examples, wanted: Callable[[nn.Module], bool]
-) -> tuple[dict[str, list[Call]], int]:
-    """The calls of one forward pass in evaluation mode, and the FLOPs of its products."""
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with (
-        evaluating(model),
-        torch.enable_grad(),  # an input that needs no gradient saves a product
-        # recurrent layers and attention as products that the counter knows
-        torch.backends.cudnn.flags(enabled=not recurrent),
-        torch.backends.mkldnn.flags(not recurrent, None, None, None),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        calls = recorded(model, examples, wanted)
-    return calls, int(counter.get_total_flops())
-
-
-def _layer(targets: list[Target], calls: list[Call]) -> Layer:
-    module = targets[0].module
-    return Layer(
-        name=targets[0].owner,
-        module=module,
-        parts=tuple(Part(t.name, t.weight) for t in targets),
-        calls=tuple(calls),
-        uses=tuple(_use(targets[0].owner, module, call, targets) for call in calls),
-        dtype=targets[0].weight.parameter.dtype,
-    )
-
-
-def _use(name: str, module: nn.Module, call: Call, targets: list[Target]) -> Use:
-    given = call.args[0] if call.args else next(iter(call.kwargs.values()), None)
-    x = given.data if isinstance(given, PackedSequence) else given
-    if not isinstance(x, Tensor) or not x.numel():
-        raise ModelError(f"layer {name!r} must get a tensor with numbers in it; got {given!r}")
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        y: Tensor = call.output
-        tokens, numbers, steps = y.numel() // module.out_channels, x.numel() + y.numel(), 0
-    else:
-        tokens, steps = x.numel() // x.shape[-1], _steps(module, given)
-        numbers = tokens * sum(sum(t.weight.shape) for t in targets)
-    return Use(tuple(x.shape), tokens, numbers, steps, x.requires_grad)
-
-
-def _steps(module: nn.Module, given: Any) -> int:
-    if isinstance(module, nn.Linear):
-        return 0
-    if not isinstance(module, nn.RNNBase):
-        return 1  # a cell
-    if isinstance(given, PackedSequence):
-        length = len(given.batch_sizes)
-    else:
-        length = given.shape[1 if module.batch_first and given.dim() == 3 else 0]
-    return int(length) * module.num_layers * (2 if module.bidirectional else 1)
 
 
 def _layout(value: Any) -> Any:
@@ -299,7 +198,7 @@ def _layout(value: Any) -> Any:
         return tuple(value.shape), value.stride(), value.dtype, value.requires_grad
     if isinstance(value, tuple | list):
         return tuple(map(_layout, value))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return tuple((name, _layout(part)) for name, part in value.items())
     return repr(value)
 

@@ -171,9 +171,12 @@ class _Bench:
     def _step(self, module: nn.Module) -> Callable[[], None]:
         def step() -> None:
             module.zero_grad(set_to_none=True)
-            for (args, named), dy in zip(self.inputs, self.gradients, strict=True):
+            uses = zip(self.layer.uses, self.inputs, self.gradients, strict=True)
+            for use, (args, named), dy in uses:
                 _forget((args, named))
-                torch.autograd.backward(_first_tensor(module(*args, **named)), dy)
+                y = _first_tensor(module(*args, **named))
+                if use.dx or use.dw:
+                    torch.autograd.backward(y, dy)
 
         return step
 
@@ -186,13 +189,13 @@ class _Bench:
 
 
 def _fresh(module: nn.Module, device: torch.device) -> nn.Module:
-    """A trainable copy with small random weights and no hooks."""
+    """A copy with small random weights and no hooks."""
     made = copy.deepcopy(module).to_empty(device=device)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(made, hooks).clear()
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.uniform_(-0.05, 0.05).requires_grad_()
+            parameter.uniform_(-0.05, 0.05)
     return made.eval()  # a recurrent layer's dropout is no part of it
 
 
@@ -202,7 +205,7 @@ def _random(value: Any, device: torch.device, dx: bool) -> Any:
         if not value.is_floating_point():
             return value.detach().to("cpu" if value.device.type == "cpu" else device)
         return torch.randn_like(value.detach(), device=device).requires_grad_(dx)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _random(part, device, dx) for name, part in value.items()}
     if isinstance(value, tuple | list):
         parts = [_random(part, device, dx) for part in value]
@@ -214,8 +217,8 @@ def _forget(value: Any) -> None:
     """Drop the gradients of the last step."""
     if isinstance(value, Tensor):
         value.grad = None
-    elif isinstance(value, dict | tuple | list):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, Mapping | tuple | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
             _forget(part)
 
 

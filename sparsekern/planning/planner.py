@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from sparsekern.blocks import Block, check_sparsity
+from sparsekern.devices import as_device
 from sparsekern.errors import ConfigError, DtypeError, MeasurementError
 from sparsekern.examples import Examples
 from sparsekern.planning.curves import Curve, Measured
-from sparsekern.planning.layers import Layer, blocks_of, examine
+from sparsekern.planning.examine import examine
+from sparsekern.planning.layers import Layer, blocks_of
 from sparsekern.planning.measure import measure as measure_layer
 from sparsekern.planning.predict import Cut, Times, predictor, threads_shown
 from sparsekern.planning.result import Budget, Plan
@@ -50,7 +53,7 @@ def plan(
     blocks: Sequence[Block] = BLOCKS,
     distribution: str = "erk",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    exclude: Sequence[Pattern] = (),
+    exclude: Sequence[Pattern] | Pattern = (),
     device: torch.device | str | None = None,
     measure: bool = False,
     seconds: float = SECONDS,
@@ -73,8 +76,9 @@ def plan(
     measured once.
 
     Args:
-        model: is run once in evaluation mode, and not changed. On the meta device nothing is
-            computed.
+        model: a copy of it takes one training step, in evaluation mode: dropout and layers that
+            only training calls, such as auxiliary outputs, are left out. On the meta device
+            nothing is computed. Neither the model nor the inputs nor torch's random state change.
         example_inputs: a batch as in training: a tensor, a tuple of arguments, or a dict of named
             ones.
         sparsity: of all these layers' weights together, in [0, 1).
@@ -95,37 +99,49 @@ def plan(
 
     Raises:
         ConfigError: not exactly one of `sparsity` and `budget`; a value out of its domain; no layer
-            to plan; a budget that can't be reached (says what can).
+            to plan; a parameter that has no shape yet; a `filter_fn` that fails; a budget that
+            can't be reached (says what can).
         DtypeError: an argument of the wrong type, or a bare layer as model.
-        ModelError: the model fails on the examples.
-        MeasurementError: a layer fails while it is measured; `error.plan` has what was measured.
+        ModelError: the model fails on the examples, can't be copied, or has an output without a
+            gradient.
+        MeasurementError: a layer fails while it is measured, or `on_layer` does; `error.plan` has
+            what was measured.
         PlanInterrupted: the same for a KeyboardInterrupt, which it is.
     """
     _check(sparsity, budget, seconds, optimizer_states)
+    _check_types(
+        ("model", model, nn.Module),
+        ("filter_fn", filter_fn, Callable | None),
+        ("generator", generator, torch.Generator | None),
+        ("on_layer", on_layer, Callable | None),
+        *(("exclude", pattern, str | re.Pattern) for pattern in _patterns(exclude)),
+    )
     cuts = blocks_of(blocks)
     Asked((), cuts, distribution)  # checks the name before the model runs
     where = _device(model, device, measure=measure)
-    found = examine(model, example_inputs, distribution, filter_fn, exclude)
-    left = {la.name: why for la in found.layers if (why := _left(la, cuts))}
-    if len(left) == len(found.layers):
-        reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
-        raise ConfigError(f"`model` has no layer that could be made sparse ({reasons})")
-    task = Task(
-        model=found,
-        asked=Asked(tuple(la for la in found.layers if la.name not in left), cuts, distribution),
-        left=left,
-        sparsity=sparsity,
-        budget=budget,
-        device=where,
-        optimizer_states=optimizer_states,
-        filter_fn=filter_fn,
-    )
-    times = predictor(where)
-    return (
-        task.plan(times)
-        if not measure
-        else _measured(task, times, seconds, generator, on_layer, quiet=quiet)
-    )
+    with torch.random.fork_rng(_cuda(model, where if measure else None)):
+        found = examine(model, example_inputs, distribution, filter_fn, exclude)
+        left = {la.name: why for la in found.layers if (why := _left(la, cuts))}
+        if len(left) == len(found.layers):
+            reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
+            raise ConfigError(f"`model` has no layer that could be made sparse ({reasons})")
+        rest = tuple(la for la in found.layers if la.name not in left)
+        task = Task(
+            model=found,
+            asked=Asked(rest, cuts, distribution),
+            left=left,
+            sparsity=sparsity,
+            budget=budget,
+            device=where,
+            optimizer_states=optimizer_states,
+            filter_fn=filter_fn,
+        )
+        times = predictor(where)
+        return (
+            task.plan(times)
+            if not measure
+            else _measured(task, times, seconds, generator, on_layer, quiet=quiet)
+        )
 
 
 def _measured(
@@ -145,16 +161,16 @@ def _measured(
     for layer in sorted(task.model.layers, key=lambda la: -otherwise.dense(la)):
         if layer.uses:
             kinds.setdefault(layer.key(), layer)
-    deadline, name = time.monotonic() + seconds, ""
+    deadline, failing = time.monotonic() + seconds, "measuring"
     try:
         with Progress(1, len(kinds), quiet=quiet) as progress:
             for i, (key, layer) in enumerate(kinds.items()):
                 left = deadline - time.monotonic()
                 if left <= 0 and curves:
                     break
-                name = layer.name
-                progress.begin(name)
-                shares = _tried(layer, first.get(name))
+                failing = f"measuring layer {layer.name!r}"
+                progress.begin(layer.name)
+                shares = _tried(layer, first.get(layer.name))
                 blocks = [b for b in task.fitting(layer) if layer.takes(b, shares)]
                 where: dict[str, Any] = {"device": task.device, "generator": generator}
                 share = left / (len(kinds) - i)
@@ -162,14 +178,13 @@ def _measured(
                 progress.step(1)
                 progress.end(_outcome(curves[key]))
                 if on_layer is not None:
+                    failing = "`on_layer`"
                     on_layer(task.plan(times))
     except KeyboardInterrupt:
         raise PlanInterrupted(task.plan(times)) from None
     except Exception as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise MeasurementError(
-            f"measuring layer {name!r} failed: {told}", task.plan(times)
-        ) from error
+        raise MeasurementError(f"{failing} failed: {told}", task.plan(times)) from error
     return task.plan(times)
 
 
@@ -208,24 +223,53 @@ def _check(
         check_sparsity(sparsity)
     if budget is not None and not isinstance(budget, Budget):
         raise DtypeError(f"`budget` must be a Budget; got {budget!r}")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise DtypeError(f"`seconds` must be a number; got {seconds!r}")
     if not math.isfinite(seconds) or seconds <= 0:
         raise ConfigError(f"`seconds` must be a positive number; got {seconds}")
     if type(optimizer_states) is not int or optimizer_states < 0:
         raise ConfigError(f"`optimizer_states` must be an int, 0 or more; got {optimizer_states!r}")
 
 
+def _check_types(*arguments: tuple[str, object, Any]) -> None:
+    """Name, value and type of each argument."""
+    for name, value, kind in arguments:
+        if not isinstance(value, kind):
+            raise DtypeError(f"`{name}` must be {_KINDS[name]}; got {value!r}")
+
+
+_KINDS = {
+    "model": "an nn.Module",
+    "filter_fn": "a function (module, name) -> bool",
+    "generator": "a torch.Generator",
+    "on_layer": "a function that takes a plan",
+    "exclude": "globs or compiled regexes",
+}
+
+
+def _patterns(exclude: object) -> list[object]:
+    """One pattern is as good as several, as in `sparsify_`."""
+    return list(exclude) if isinstance(exclude, tuple | list | set | frozenset) else [exclude]
+
+
 def _device(model: nn.Module, device: torch.device | str | None, *, measure: bool) -> torch.device:
     """What to plan for; a model of the meta device alone is planned for the CPU."""
     held = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        where = torch.device(device) if device is not None else held
-        where = torch.device("cpu") if where.type == "meta" else where
-        if measure:
+    where = held if device is None else as_device(device)
+    where = torch.device("cpu") if where.type == "meta" else where
+    if measure:
+        try:
             torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        told = str(error).partition("\n")[0]
-        raise ConfigError(f"`device` {device!r} can't be used here: {told}") from error
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            told = str(error).partition("\n")[0]
+            raise ConfigError(f"`device` {device!r} can't be used here: {told}") from error
     return where
+
+
+def _cuda(model: nn.Module, measured_on: torch.device | None) -> list[torch.device]:
+    """The GPUs that are used; one that is only planned for may not be here."""
+    used = {p.device for p in model.parameters()} | ({measured_on} if measured_on else set())
+    return [device for device in used if device.type == "cuda"]
 
 
 def _described(device: torch.device) -> str:

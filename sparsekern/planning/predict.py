@@ -233,7 +233,7 @@ class CudaTimes:
 
     def _sparse(self, layer: Layer, use: Use, part: Part, block: Cut, density: float) -> float:
         count, problem = _products(layer, use, part, block, density)
-        operations = ("forward", "dx", "dw") if use.dx else ("forward", "dw")
+        operations = ["forward", *["dx"] * use.dx, *["dw"] * use.dw]
         return count * sum(self.roofline.predict(name, problem).seconds for name in operations)
 
 

@@ -20,8 +20,9 @@ class Budget:
     """What a sparse model may cost, as shares of the dense model's, in (0, 1].
 
     Attributes:
-        flops: of a training step: 3 times the forward products on the example inputs (1
-            multiply-add = 2 FLOPs); biases, activations and the optimizer are not counted.
+        flops: of a training step on the example inputs: the products of forward and of the
+            gradients that it needs (1 multiply-add = 2 FLOPs), as `sparsekern.profile` counts
+            them; biases, activations and the optimizer are not counted.
         memory: bytes held between two steps: parameters, gradients, optimizer states, buffers and
             index arrays. Activations are not counted.
 
@@ -82,7 +83,8 @@ class Row:
         break_even: largest density at which the best of these blocks is no slower than dense.
         dense_seconds: forward and backward of a training step if it is dense; None if never called.
         seconds: by the plan.
-        dense_flops: of a training step, 3 times forward (1 multiply-add = 2 FLOPs).
+        dense_flops: of a training step: forward, and the gradients of weight and input where they
+            are needed (1 multiply-add = 2 FLOPs).
         flops: by the plan, executed: whole blocks.
         dense_bytes: of weights, gradients and optimizer states; biases are not counted.
         bytes: by the plan, index arrays included.

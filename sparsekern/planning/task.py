@@ -11,7 +11,8 @@ from torch import nn
 
 from sparsekern.blocks import Block
 from sparsekern.planning.curves import density_of
-from sparsekern.planning.layers import INDEX_BYTES, Layer, Model
+from sparsekern.planning.examine import Model
+from sparsekern.planning.layers import INDEX_BYTES, Layer
 from sparsekern.planning.predict import Cut, Times
 from sparsekern.planning.result import Budget, Option, Plan, Row, Totals
 from sparsekern.planning.share import Asked, Decision, reach, settle
@@ -21,7 +22,7 @@ class Cost(NamedTuple):
     """Of one layer.
 
     Attributes:
-        flops: of a training step, 3 times forward (1 multiply-add = 2 FLOPs), whole blocks.
+        flops: of a training step (1 multiply-add = 2 FLOPs), whole blocks.
         held: bytes of weights, gradients, optimizer states and indices.
         active: weights.
     """
@@ -93,10 +94,12 @@ class Task:
             weights, stored, indices = part.size, part.size, 0
             if chosen and sparsity > 0:
                 _, weights, stored, indices = part.held(chosen.block, sparsity)
-            copies = 2 + self.optimizer_states if part.weight.parameter.requires_grad else 1
+            copies = 2 + self.optimizer_states if part.trained else 1
             held += stored * layer.dtype.itemsize * copies + INDEX_BYTES * indices
             densely = chosen is not None and chosen.estimate.densely
-            flops += 6 * layer.tokens * (part.size if densely else stored)
+            numbers = part.size if densely else stored
+            sparse = chosen is not None
+            flops += sum(use.step_flops(part, numbers, sparse=sparse) for use in layer.uses)
             active += weights
         return Cost(flops, held, active)
 
