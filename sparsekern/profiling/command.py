@@ -5,26 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsekern import example_options
+from sparsekern import example_options, output_files
 from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import ConfigError, ModelError
 from sparsekern.profiling.cost import METHODS
 from sparsekern.profiling.profiler import SECONDS, measured_too, profile
-from sparsekern.profiling.report import Report
 from sparsekern.swap import sparsify_
-
-WRITERS: dict[str, Callable[[Report], str]] = {
-    "json": Report.to_json,
-    "csv": Report.to_csv,
-    "markdown": Report.to_markdown,
-}
-"""Options that name a file, and what goes into it."""
 
 OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
@@ -55,14 +46,7 @@ def add_parser(commands: Any) -> None:
     step.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="S", help="to measure; default: 1"
     )
-    output = parser.add_argument_group("what to write")
-    for name, text in (
-        ("json", "everything"),
-        ("csv", "a line for each layer"),
-        ("markdown", "the tables that are printed"),
-    ):
-        output.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
-    output.add_argument("--quiet", action="store_true", help="no progress, only the report")
+    output_files.add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -71,8 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError, ModelError: bad options, or a model that fails.
     """
-    files = {name: getattr(arguments, name) for name in WRITERS}
-    _check(arguments, files)
+    if arguments.seconds <= 0:
+        raise ConfigError(f"`seconds` must be above 0; got {arguments.seconds:g}")
+    files = output_files.files_of(arguments)
     model, examples = example_options.model_and_examples(arguments)
     _make_sparse(model, arguments)
     make = OPTIMIZERS.get(arguments.optimizer)
@@ -87,13 +72,13 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device if meta else None,
         measure=False,
     )
-    _write(report, files)
+    written = output_files.write(report, files)
     if not meta and not arguments.no_measure:
         _say(arguments, f"measuring steps for {arguments.seconds:g} s")
         report = measured_too(report, model, examples, optimizer, seconds=arguments.seconds)
-        _write(report, files)
+        written = output_files.write(report, files)
     sys.stdout.write(f"{report}\n")
-    for path in filter(None, files.values()):
+    for path in written:
         sys.stdout.write(f"Written: {path}\n")
     if report.failure:
         raise ModelError(f"measuring failed, the prediction stands: {report.failure}")
@@ -107,20 +92,6 @@ def _make_sparse(model: nn.Module, arguments: argparse.Namespace) -> None:
             block=arguments.block,
             distribution=arguments.distribution,
         )
-
-
-def _check(arguments: argparse.Namespace, files: Mapping[str, Path | None]) -> None:
-    if arguments.seconds <= 0:
-        raise ConfigError(f"`seconds` must be above 0; got {arguments.seconds:g}")
-    for name, path in files.items():
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ConfigError(f"`{name}` must be a file in an existing folder; got {str(path)!r}")
-
-
-def _write(report: Report, files: Mapping[str, Path | None]) -> None:
-    for name, path in files.items():
-        if path is not None:
-            path.write_text(WRITERS[name](report), encoding="utf-8")
 
 
 def _say(arguments: argparse.Namespace, text: str) -> None:
