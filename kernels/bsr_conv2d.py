@@ -89,6 +89,16 @@ def _inside(h, w, H, W):
     return (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
+@triton.jit
+def _both(lanes, live, INTERPRET: tl.constexpr):
+    """`lanes & live`, whose second part may be a scalar: the interpreter makes integers of those."""
+    if INTERPRET:
+        keep = tl.where(live, lanes, False)
+    else:
+        keep = lanes & live
+    return keep
+
+
 # a new batch or image size must not mean a new compilation
 @triton.jit(do_not_specialize=["M", "H", "W", "PQ", "Q", "R", "RB", "CB"])
 def _bsr_conv2d_kernel(
@@ -153,7 +163,7 @@ def _bsr_conv2d_kernel(
         tap = c // CB
         ch = (c - tap * CB) * IN + inner
         ch = tl.max_contiguous(tl.multiple_of(ch, min(IN, BK)), min(IN, BK))
-        keep = (ch < Cg) & (t < hi)
+        keep = _both(ch < Cg, t < hi, INTERPRET)
         dh = tap // KW * DH
         dw = tap % KW * DW
         if not WIDE:
@@ -273,7 +283,7 @@ def _bsr_conv2d_dgrad_kernel(
                 inner = (k + lane) % IN
                 ch = (r - g * RB) * IN + inner
                 ch = tl.max_contiguous(tl.multiple_of(ch, min(IN, BK)), min(IN, BK))
-                keep = (ch < Cog) & (i < total)
+                keep = _both(ch < Cog, i < total, INTERPRET)
                 # exact: other taps were left out
                 dp = (fh + PH - (first + tap) // KW * DH) // SH
                 dq = (fw + PW - (first + tap) % KW * DW) // SW

@@ -165,7 +165,7 @@ def _csr_conv2d_dgrad_kernel(
             up = fh + PH - tap // KW * DH
             left = fw + PW - tap % KW * DW
             # a tap that this phase never meets has no entries
-            met = in_c & (up % SH == 0) & (left % SW == 0)
+            met = c < tl.where((up % SH == 0) & (left % SW == 0), C_in, 0)
             key = (g * TAPS + tap) * Cg + (c - g * Cg)
             lo = tl.load(start_ptr + key, mask=met, other=0)
             hi = tl.load(start_ptr + key + 1, mask=met, other=0)

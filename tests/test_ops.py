@@ -152,11 +152,11 @@ def test_gradcheck_to_second_order(impl, block):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("block", [1, 16])
 def test_opcheck(impl, block):
-    topology = Topology.random((40, 33), block, sparsity=0.5)
+    topology = Topology.random((20, 17), block, sparsity=0.5)
     parts = library.parts(topology)
     values = torch.randn(topology.values_shape, requires_grad=True)
-    x, dy = torch.randn(4, 33, requires_grad=True), torch.randn(4, 40, requires_grad=True)
-    bias = torch.randn(40, requires_grad=True)
+    x, dy = torch.randn(4, 17, requires_grad=True), torch.randn(4, 20, requires_grad=True)
+    bias = torch.randn(20, requires_grad=True)
     for op, operands, *flags in (
         (library.spmm, (x, values, bias), False),
         (library.spmm, (x, values, None), True),
