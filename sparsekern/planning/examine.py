@@ -19,31 +19,11 @@ from sparsekern.errors import ConfigError, DtypeError, ModelError
 from sparsekern.examples import Call, Examples, arguments, recording, run
 from sparsekern.models import evaluating
 from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, weights_of
-from sparsekern.planning.layers import Layer, Part, Use
+from sparsekern.planning.layers import Layer, Model, Part, Use
 from sparsekern.profiling.flops import StepCounter
 from sparsekern.profiling.step import total
 from sparsekern.profiling.twin import copied
 from sparsekern.swap import Pattern, Target, candidates
-
-
-class Model(NamedTuple):
-    """What there is to plan.
-
-    Attributes:
-        layers: those that `sparsify_` would share its sparsity out to.
-        depthwise: names of layers that a filter let through, but that have nothing to leave out.
-        step_flops: of the products of a training step of the model as it is.
-        parameters: bytes of its parameters.
-        trained: bytes of those that a training step makes a gradient of.
-        buffers: bytes of its buffers.
-    """
-
-    layers: tuple[Layer, ...]
-    depthwise: tuple[str, ...]
-    step_flops: int
-    parameters: int
-    trained: int
-    buffers: int
 
 
 class _Step(NamedTuple):

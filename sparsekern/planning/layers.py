@@ -1,4 +1,4 @@
-"""A layer that could be sparse: its weights, its calls, and what it costs in blocks."""
+"""The layers of a model that could be sparse: weights, calls, and what they cost in blocks."""
 
 from __future__ import annotations
 
@@ -190,6 +190,26 @@ class Layer:
 
     def _uses(self) -> Iterator[tuple[Use, Call]]:
         return zip(self.uses, self.calls, strict=True)
+
+
+class Model(NamedTuple):
+    """What there is to plan.
+
+    Attributes:
+        layers: those that `sparsify_` would share its sparsity out to.
+        depthwise: names of layers that a filter let through, but that have nothing to leave out.
+        step_flops: of the products of a training step of the model as it is.
+        parameters: bytes of its parameters.
+        trained: bytes of those that a training step makes a gradient of.
+        buffers: bytes of its buffers.
+    """
+
+    layers: tuple[Layer, ...]
+    depthwise: tuple[str, ...]
+    step_flops: int
+    parameters: int
+    trained: int
+    buffers: int
 
 
 def _layout(value: Any) -> Any:

@@ -11,8 +11,7 @@ from torch import nn
 
 from sparsekern.blocks import Block
 from sparsekern.planning.curves import density_of
-from sparsekern.planning.examine import Model
-from sparsekern.planning.layers import INDEX_BYTES, Layer
+from sparsekern.planning.layers import INDEX_BYTES, Layer, Model
 from sparsekern.planning.predict import Cut, Times
 from sparsekern.planning.result import Budget, Option, Plan, Row, Totals
 from sparsekern.planning.share import Asked, Decision, reach, settle
