@@ -74,7 +74,9 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     The backend "pytorch" also counts torch functions by name while the model runs, such as those
     that a recurrent layer, or a CPU product without numba, is made of; leave them out with
     `backend_specific_config={"count_functional": False}`. ptflops adds biases and activations to
-    the work of torch's own layers; for sparse ones it is products alone.
+    the work of torch's own layers; for sparse ones it is products alone. An `nn.ReLU` beside them
+    costs one MAC for each output in the backend "pytorch", and another one as the function that it
+    calls unless those are left out; in "aten" it costs nothing.
     """
     layers: dict[Any, Callable[..., Any]] = dict.fromkeys(SPARSE_TYPES.values(), _add_flops)
     operators = {getattr(torch.ops.sparsekern, n): _aten_hook(n) for n in flops.OPERATORS}

@@ -42,7 +42,7 @@ def by_thop(model, x):
     return package("thop").profile(model, (x,), custom_ops=rules, verbose=False)[0]
 
 
-def by_ptflops(backend):
+def by_ptflops(backend, count_functional=False):
     def count(model, x):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             macs, _ = package("ptflops").get_model_complexity_info(
@@ -53,7 +53,7 @@ def by_ptflops(backend):
                 print_per_layer_stat=False,
                 custom_modules_hooks=counters.ptflops_hooks(),
                 backend=backend,
-                backend_specific_config={"count_functional": False},
+                backend_specific_config={"count_functional": count_functional},
             )
         assert macs is not None, printed.getvalue()
         return macs
@@ -161,6 +161,21 @@ def test_all_tools_agree_with_torch(tool, impl):
 def test_ragged_blocks_count_whole_and_biases_not_at_all(tool):
     layer = sk.SparseLinear(10, 7, block=4, sparsity=0.0)
     assert TOOLS[tool](nn.Sequential(layer), torch.randn(1, 10)) == 8 * 12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "count_functional", "relus"),
+    [("pytorch", True, 2), ("pytorch", False, 1), ("aten", False, 0)],
+)
+def test_what_ptflops_adds_is_the_activation_alone(backend, count_functional, relus, bias):
+    first, second = (sk.SparseLinear(*size, sparsity=0.5, bias=bias) for size in ((8, 6), (6, 4)))
+    products = stored(first) + stored(second)
+    count = by_ptflops(backend, count_functional)
+    assert count(nn.Sequential(first, nn.Identity(), second), torch.randn(1, 8)) == products
+    assert count(nn.Sequential(first, nn.ReLU(), second), torch.randn(1, 8)) == (
+        products + relus * 6
+    )
 
 
 @every_tool

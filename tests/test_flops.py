@@ -1,5 +1,6 @@
 """`FlopCounterMode` counts what sparse layers execute, and changes nothing that they do."""
 
+import math
 import os
 import shutil
 
@@ -24,19 +25,19 @@ IMPLS = [
 ]
 # layer, input, how often each weight is applied
 LAYERS = {
-    "linear-blocks": (lambda **k: sk.SparseLinear(64, 48, block=16, **k), (5, 7, 64), 35),
+    "linear-blocks": (lambda **k: sk.SparseLinear(48, 32, block=16, **k), (2, 3, 48), 6),
     "linear-ragged": (lambda **k: sk.SparseLinear(40, 20, block=16, **k), (9, 40), 9),
-    "linear-csr": (lambda **k: sk.SparseLinear(24, 18, **k), (7, 24), 7),
-    "conv1d-csr": (lambda **k: sk.SparseConv1d(8, 6, 3, padding=1, **k), (2, 8, 6), 12),
+    "linear-csr": (lambda **k: sk.SparseLinear(12, 9, **k), (5, 12), 5),
+    "conv1d-csr": (lambda **k: sk.SparseConv1d(4, 6, 3, padding=1, **k), (2, 4, 3), 6),
     "conv2d-blocks": (
-        lambda **k: sk.SparseConv2d(32, 16, 3, stride=2, padding=1, block=16, **k),
-        (2, 32, 6, 5),
-        18,
+        lambda **k: sk.SparseConv2d(16, 16, 3, stride=2, padding=1, block=16, **k),
+        (1, 16, 4, 3),
+        4,
     ),
-    "conv2d-groups": (lambda **k: sk.SparseConv2d(8, 6, 3, groups=2, **k), (2, 8, 5, 4), 12),
+    "conv2d-groups": (lambda **k: sk.SparseConv2d(4, 6, 3, groups=2, **k), (2, 4, 4, 3), 4),
 }
 RECURRENT = {
-    "lstm": lambda **k: sk.SparseLSTM(32, 32, 2, proj_size=16, bidirectional=True, **k),
+    "lstm": lambda **k: sk.SparseLSTM(32, 32, proj_size=16, bidirectional=True, **k),
     "gru": lambda **k: sk.SparseGRU(32, 16, **k),
     "rnn": lambda **k: sk.SparseRNN(32, 16, **k),
 }
@@ -103,11 +104,11 @@ def test_a_training_step_costs_six_flops_for_each_weight_and_token(name, impl, n
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_layers(name, impl):
     layer = RECURRENT[name](sparsity=0.5, block=16, impl=impl)
-    x = torch.randn(3, 2, 32, requires_grad=True)
+    x = torch.randn(2, 2, 32, requires_grad=True)
     alone = trained(layer, layer, x)
     assert (alone[1] > 0) == (impl == "triton")
     total, watched = counted(trained, layer, layer, x)
-    assert total == 6 * 6 * sum(weights(matrix) for matrix in layer.children())
+    assert total == 6 * 4 * sum(weights(matrix) for matrix in layer.children())
     assert_same(watched, alone)
 
 
@@ -229,7 +230,7 @@ def test_every_operator_has_a_formula():
     assert all(getattr(torch.ops.sparsekern, name) in flop_registry for name in flops.OPERATORS)
 
 
-TOKENS, ROWS, COLS = 9, 48, 64
+TOKENS, ROWS, COLS = 5, 32, 48
 LINEAR = {
     "spmm": lambda x, dy, v, t, i: ops.spmm(x, v, t, impl=i),
     "relu": lambda x, dy, v, t, i: ops.spmm(x, v, t, activation="relu", impl=i),
@@ -243,9 +244,10 @@ LINEAR = {
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", [*LINEAR, "spmm_backward"])
 def test_linear_operators(name, impl, block):
-    t = Topology.random((ROWS, COLS), block, sparsity=0.6)
-    values, x, dy = integers(*t.values_shape), integers(TOKENS, COLS), integers(TOKENS, ROWS)
-    once = 2 * TOKENS * (ROWS * COLS if impl == "dense" else values.numel())
+    rows, cols = 2 * max(block, 4), 3 * max(block, 4)
+    t = Topology.random((rows, cols), block, sparsity=0.6)
+    values, x, dy = integers(*t.values_shape), integers(TOKENS, cols), integers(TOKENS, rows)
+    once = 2 * TOKENS * (rows * cols if impl == "dense" else values.numel())
     if name == "spmm_backward":
         operator = torch.ops.sparsekern.spmm_backward
         total, _ = counted(operator, dy, x, values, *library.parts(t), impl)
@@ -259,13 +261,14 @@ def test_linear_operators(name, impl, block):
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_convolution_operators(impl, block):
-    g = ConvGeometry((3, 2), stride=(2, 1), padding=(1, 0), groups=2)
-    t = Topology.random((32, 6 * 16), block, sparsity=0.6, groups=2, taps=6)
-    values, x = integers(*t.values_shape), integers(2, 32, 6, 5)
-    dy = integers(2, 32, *g.output_size(6, 5))
-    once = 2 * dy[:, 0].numel() * (32 * 96 if impl == "dense" else values.numel())
+    g, channels = ConvGeometry((3, 2), stride=(2, 1), padding=(1, 0), groups=2), 2 * max(block, 4)
+    shape = channels, 6 * channels // 2
+    t = Topology.random(shape, block, sparsity=0.6, groups=2, taps=6)
+    values, x = integers(*t.values_shape), integers(2, channels, 4, 3)
+    dy = integers(2, channels, *g.output_size(4, 3))
+    once = 2 * dy[:, 0].numel() * (math.prod(shape) if impl == "dense" else values.numel())
     assert counted(lambda: ops.conv2d(x, values, t, g, impl=impl))[0] == once
-    assert counted(lambda: ops.conv2d_dgrad(dy, values, t, g, size=(6, 5), impl=impl))[0] == once
+    assert counted(lambda: ops.conv2d_dgrad(dy, values, t, g, size=(4, 3), impl=impl))[0] == once
     assert counted(lambda: ops.conv2d_wgrad(dy, x, t, g, impl=impl))[0] == once
 
 
