@@ -585,4 +585,5 @@ def test_the_command(tmp_path, capsys):
     assert values["measured"]["peak_bytes"] > 0
     assert values["totals"]["optimizer_bytes"] > 0
     assert main([*command, "--meta", "--quiet"]) == 0
-    assert main([*command, "--seconds", "0"]) == 2
+    for seconds in ("0", "nan", "inf"):
+        assert main([*command, "--seconds", seconds]) == 2

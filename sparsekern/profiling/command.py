@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError, ModelError: bad options, or a model that fails.
     """
-    if arguments.seconds <= 0:
-        raise ConfigError(f"`seconds` must be above 0; got {arguments.seconds:g}")
+    if not 0 < arguments.seconds < float("inf"):
+        raise ConfigError(f"`seconds` must be finite and above 0; got {arguments.seconds:g}")
     files = output_files.files_of(arguments)
     model, examples = example_options.model_and_examples(arguments)
     _make_sparse(model, arguments)

@@ -78,7 +78,7 @@ def _time_steps(module: Any, given: tuple[int, ...]) -> int:
     if not hasattr(module, "num_layers"):
         return 1
     length = given[1 if module.batch_first and len(given) == 3 else 0]
-    return int(length) * module.num_layers * (2 if module.bidirectional else 1)
+    return int(length * module.num_layers * (2 if module.bidirectional else 1))
 
 
 def _features(module: nn.Module) -> int:
