@@ -91,8 +91,8 @@ def _inside(h, w, H, W):
 
 @triton.jit
 def _both(lanes, live, INTERPRET: tl.constexpr):
-    """`lanes & live`, whose second part may be a scalar: the interpreter makes integers of those."""
-    if INTERPRET:
+    """`lanes & live`, whose second part may be a scalar, which the interpreter makes an integer."""
+    if INTERPRET:  # noqa: SIM108  two branches of which one is compiled
         keep = tl.where(live, lanes, False)
     else:
         keep = lanes & live
