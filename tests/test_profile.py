@@ -15,7 +15,7 @@ import sparsekern as sk
 from benchmarks.models import char_gru, resnet_50, small_gpt, wide_resnet_22_2
 from sparsekern.accounting import held_bytes
 from sparsekern.distribution import distribute
-from sparsekern.errors import ConfigError, DeviceError, DtypeError, ModelError, OptimizerError
+from sparsekern.errors import ConfigError, DtypeError, ModelError, OptimizerError
 from sparsekern.profiling import PruningSchedule, method_costs
 from sparsekern.profiling.flops import is_free
 
@@ -454,6 +454,9 @@ def test_a_model_without_memory_is_counted_alike():
         for m, i, o in zip((real, meta), (x, x.to("meta")), optimizers, strict=True)
     ]
     assert reports[0].to_dict() == reports[1].to_dict()
+    mixed = sk.profile(meta, x, optimizer=optimizers[1], device="cpu")  # inputs with memory
+    assert mixed.to_dict() == reports[0].to_dict()
+    assert sk.profile(real, x.to("meta")).measured is None
 
 
 def test_for_a_gpu_that_is_not_here():
@@ -464,7 +467,7 @@ def test_for_a_gpu_that_is_not_here():
     impls = {row.impl for row in report.layers if row.block}
     assert "cpu" not in impls
     assert impls
-    with pytest.raises(ConfigError, match="needs a model on cuda; got one on cpu"):
+    with pytest.raises(ConfigError, match=r"model and inputs on cuda; got \['cpu'\]"):
         sk.profile(model, x, device="cuda", measure=True)
 
 
@@ -532,9 +535,9 @@ class Decides(nn.Module):
         ({"model": Decides().to("meta")}, ModelError, "do not depend on the values"),
         ({"model": nn.LazyLinear(3)}, ModelError, "lazy parameters"),
         (
-            {"examples": torch.empty(2, 96, device="meta")},
-            DeviceError,
-            "must be on cpu.*got {'meta'}",
+            {"examples": torch.empty(2, 96, device="meta"), "measure": True},
+            ConfigError,
+            r"model and inputs on cpu; got \['cpu', 'meta'\]",
         ),
         ({"loss": 3}, DtypeError, "`loss` must be a function"),
         ({"loss": lambda y: 1 / 0}, ModelError, r"`loss` fails on float32\(2, 10\): ZeroDivision"),

@@ -68,8 +68,8 @@ def profile(
         batch: samples in the inputs, for costs per sample; None: the length of the first tensor.
         device: that the prediction is for; None: the model's, and for the meta device "cuda" if
             there is a GPU, else "cpu".
-        measure: whether to take steps on this machine too; None: unless the model is on the meta
-            device, or `device` is another one than the model's.
+        measure: whether to take steps on this machine too; None: unless model or inputs are on the
+            meta device, or `device` is another one than the model's.
         seconds: about how long to measure, at least three steps.
         pruning: schedule behind the cost of "pruning"; None: that of the paper's ResNet-50.
 
@@ -84,8 +84,8 @@ def profile(
     """
     home = _check(model, example_inputs, optimizer)
     target = _target(home, device)
-    possible = home.type != "meta" and home.type == target.type
-    wanted = _check_measuring(measure, seconds, possible, f"{target.type}; got one on {home.type}")
+    where = {home.type, *_devices(example_inputs)}
+    wanted = _check_measuring(measure, seconds, where, target.type)
     name, update_freq = _method(method)
     samples = _batch(example_inputs, batch)
     method_costs(1, 1, update_freq=update_freq, pruning=pruning)  # raises before any work
@@ -156,12 +156,17 @@ def _check(
             f"{sorted(map(str, devices)) or 'none'}"
         )
     home = devices.pop()
-    others = {t.device.type for t in tensors(arguments(examples))} - {home.type}
-    if others:
+    others = _devices(examples) - {home.type, "meta"}
+    if others and home.type != "meta":
         raise DeviceError(f"`example_inputs` must be on {home}, like the model; got {others}")
     if optimizer is not None:
         _check_optimizer(optimizer, parameters)
     return home
+
+
+def _devices(examples: Examples) -> set[str]:
+    """Types of the devices of the inputs."""
+    return {tensor.device.type for tensor in tensors(arguments(examples))}
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -177,7 +182,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Param
         )
 
 
-def _check_measuring(measure: bool | None, seconds: float, possible: bool, where: str) -> bool:
+def _check_measuring(measure: bool | None, seconds: float, where: set[str], target: str) -> bool:
     """Whether to measure."""
     if measure not in (None, True, False):
         raise DtypeError(f"`measure` must be a bool or None; got {measure!r}")
@@ -185,8 +190,9 @@ def _check_measuring(measure: bool | None, seconds: float, possible: bool, where
         raise DtypeError(f"`seconds` must be a number; got {seconds!r}")
     if not 0 <= seconds < float("inf"):
         raise ConfigError(f"`seconds` must be finite and at least 0; got {seconds}")
+    possible = where == {target}
     if measure and not possible:
-        raise ConfigError(f"`measure` needs a model on {where}")
+        raise ConfigError(f"`measure` needs model and inputs on {target}; got {sorted(where)}")
     return possible if measure is None else measure
 
 
