@@ -29,6 +29,16 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
+def _nothing_stays_compiled():
+    """torch.compile gives up on a function that many tests have compiled, each in its own way."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is not None and dynamo.counters["frames"]:
+        torch._dynamo.reset()
+        dynamo.counters.clear()
+
+
+@pytest.fixture(autouse=True)
 def _every_launch_sanitized():
     yield
     if INTERPRETED:

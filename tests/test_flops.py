@@ -172,7 +172,6 @@ def assert_compiled_counts(name, impl, needs_x, backend, **options):
     make, shape, tokens = LAYERS[name]
     layer, x = make(sparsity=0.5, impl=impl, **options), torch.randn(shape, requires_grad=needs_x)
     alone, count = trained(layer, layer, x), CompiledCount()
-    torch._dynamo.reset()
     run = torch.compile(layer, fullgraph=True, backend=getattr(count, backend)())
     assert_same(trained(run, layer, x), alone)
     assert count.graphs == 2
@@ -209,7 +208,6 @@ def test_inductor_code(name, impl):
 def test_a_compiled_layer_is_counted_as_torch_runs_it_then():
     make, shape, tokens = LAYERS["linear-csr"]
     layer, x = make(sparsity=0.5), torch.randn(shape, requires_grad=True)
-    torch._dynamo.reset()
     run = torch.compile(lambda x: layer(x), backend="aot_eager")
     alone = trained(run, layer, x)
     total, watched = counted(trained, run, layer, x)

@@ -35,7 +35,6 @@ def step(model, x):
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_operators_have_their_names(layer, shape, forward, backward, compiled):
-    torch._dynamo.reset()
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
     x = torch.randn(shape, requires_grad=True)
     step(run, x)
@@ -55,7 +54,6 @@ def test_recurrent_layers_show_their_scans():
 @pytest.mark.parametrize(("method", "scored"), [(sk.RigL, True), (sk.SET, False)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_topology_update_shows_its_parts(method, scored, compiled):
-    torch._dynamo.reset()
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3), sk.SparseConv2d(4, 4, 3, sparsity=0.5), nn.Flatten(), nn.Linear(16, 8)
     )

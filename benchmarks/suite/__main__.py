@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,8 +118,12 @@ def _one_process(arguments: argparse.Namespace, record: Record, journal: Path) -
     log = journal.with_suffix(".log")
     journal.touch()
     command = _command(arguments, record.left, journal)
+    # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist
+    own = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=own
+        )
     try:
         heard = time.monotonic()
         for line in _lines(journal, process):
