@@ -40,7 +40,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # Compile the kernels for sm_80, sm_90 and sm_100, without a GPU, and look at the machine code:
-# all for sm_90, and a third for the others unless SPARSEKERN_AOT=all.
+# most for sm_90, and a third for the others unless SPARSEKERN_AOT=all.
 aot: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/aot -n $(WORKERS) --dist worksteal
 

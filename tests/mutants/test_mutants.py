@@ -19,9 +19,9 @@ if torch.cuda.is_available():
 from mutants import generate, killers
 from mutants.equivalent import EQUIVALENT
 
-PER_KERNEL = int(os.environ.get("SPARSEKERN_MUTANTS", "48"))
+PER_KERNEL = int(os.environ.get("SPARSEKERN_MUTANTS", "40"))
 # convolutions differ from the linear kernels in what surrounds a product: fewer each will do
-SHARE = {module: 1 if "conv2d" not in module else 0.7 for module in generate.modules()}
+SHARE = {module: 1 if "conv2d" not in module else 0.8 for module in generate.modules()}
 MUTANTS = [m for k, share in SHARE.items() for m in generate.chosen(k, int(share * PER_KERNEL))]
 LIVE = [m for m in MUTANTS if not any(entry.fits(m) for entry in EQUIVALENT)]
 
