@@ -1,30 +1,41 @@
-"""`sparsekern bench compare` and `sparsekern bench plot`: their options, and what they print."""
+"""`python -m benchmarks compare` and `plot`: their options, and what they print."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekern.bench import compare, plot
-from sparsekern.bench.results import read
+from benchmarks.comparing import compare, plot
+from benchmarks.comparing.results import read
+from sparsekern.cli.main import run
 
 SLOWER = 1
 """Exit status of a comparison that found something worse, if that was asked for."""
 
 
-def add_parser(commands: Any) -> None:
-    """Add `bench` to the command line."""
-    bench = commands.add_parser(
-        "bench",
-        help="compare and draw results of `python -m benchmarks.suite`",
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it.
+
+    Returns:
+        The exit status: 0, 1 when `compare` was asked to fail and found a reason, 2 for bad input.
+    """
+    return run(parser(), argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks",
         description="Result files of `python -m benchmarks.suite`: what changed between two, and "
         "pictures of one.",
     )
-    parts = bench.add_subparsers(required=True, metavar="part")
+    parts = top.add_subparsers(required=True, metavar="part")
     _add_compare(parts)
     _add_plot(parts)
+    return top
 
 
 def _add_compare(parts: Any) -> None:
@@ -86,3 +97,7 @@ def _plot(arguments: argparse.Namespace) -> None:
     results = read(arguments.file)
     for path in plot.plot(results, arguments.out or arguments.file.parent):
         sys.stdout.write(f"drawn: {path}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparsekern.bench.results import Results, Timing
+from benchmarks.comparing.results import Results, Timing
 from sparsekern.errors import ConfigError
 
 THRESHOLD = 0.05

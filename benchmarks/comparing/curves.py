@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sparsekern.bench.results import Results, Row
+from benchmarks.comparing.results import Results, Row
 from sparsekern.errors import DataError
 
 FEWEST_POINTS = 4

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekern.bench.curves import Curve, Panel, break_even, digest, memory, speedups
-from sparsekern.bench.results import Results
-from sparsekern.data import DEMO_EXTRA
+from benchmarks.comparing.curves import Curve, Panel, break_even, digest, memory, speedups
+from benchmarks.comparing.results import Results
 from sparsekern.errors import DataError, UnavailableError
+from sparsekern.training.data import DEMO_EXTRA
 
 COLORS = {128: "#08306b", 64: "#2171b5", 32: "#238b45", 16: "#e6850e", 4: "#9e6dc9", 1: "#c0392b"}
 """By block; the one of the picture that is the same in every panel."""

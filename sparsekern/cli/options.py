@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.blocks import Block
+from sparsekern.cost.examples import Examples
 from sparsekern.devices import as_device
 from sparsekern.errors import ConfigError
-from sparsekern.examples import Examples
-from sparsekern.models import find
+from sparsekern.topology.blocks import Block
+from sparsekern.training.zoo import find
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="a function without arguments that makes an nn.Module, or a pair of one and its "
         "example inputs: a tensor, a tuple of arguments or a dict of named ones; a bare name is "
-        "looked up in benchmarks.models",
+        "looked up in sparsekern.models",
     )
     group = parser.add_argument_group("example inputs")
     group.add_argument(

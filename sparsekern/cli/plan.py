@@ -6,13 +6,14 @@ import argparse
 import sys
 from typing import Any
 
-from sparsekern import example_options, output_files
-from sparsekern.blocks import Block
+from sparsekern.cli import options
 from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import MeasurementError
 from sparsekern.planning.planner import BLOCKS, SECONDS, PlanInterrupted, plan
 from sparsekern.planning.result import Budget, Plan
 from sparsekern.planning.show import shown
+from sparsekern.show import output_files
+from sparsekern.topology.blocks import Block
 
 
 def add_parser(commands: Any) -> None:
@@ -25,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "Times are predicted, or with --measure taken on this machine.",
     )
     parser.set_defaults(run=run)
-    example_options.add_options(parser)
+    options.add_options(parser)
     _add_target(parser)
     _add_choices(parser)
     output_files.add_options(parser, json="everything; while measuring, after each layer")
@@ -62,7 +63,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--blocks",
         nargs="+",
-        type=example_options.block,
+        type=options.block,
         default=list(BLOCKS),
         metavar="B",
         help=f"like 16, or 16x32 (outputs x inputs); default: {' '.join(map(shown, BLOCKS))}",
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     files = output_files.files_of(arguments)
     budget = _budget(arguments)
-    model, examples = example_options.model_and_examples(arguments)
+    model, examples = options.model_and_examples(arguments)
     try:
         made = plan(
             model,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekern import example_options, output_files
+from sparsekern.cli import options
+from sparsekern.cost.methods import METHODS
 from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import ConfigError, ModelError
-from sparsekern.profiling.cost import METHODS
 from sparsekern.profiling.profiler import SECONDS, measured_too, profile
+from sparsekern.show import output_files
 from sparsekern.swap import sparsify_
 
 OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -32,12 +33,10 @@ def add_parser(commands: Any) -> None:
         "were dense, predicted and measured. 1 multiply-add = 2 FLOPs.",
     )
     parser.set_defaults(run=run)
-    example_options.add_options(parser)
+    options.add_options(parser)
     sparse = parser.add_argument_group("making the model sparse first")
     sparse.add_argument("--sparsity", type=float, metavar="S", help="default: the model as it is")
-    sparse.add_argument(
-        "--block", type=example_options.block, default=1, metavar="B", help="16, or 16x32"
-    )
+    sparse.add_argument("--block", type=options.block, default=1, metavar="B", help="16, or 16x32")
     sparse.add_argument("--distribution", choices=tuple(DISTRIBUTIONS), default="erk")
     step = parser.add_argument_group("the step")
     step.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help="default: none")
@@ -58,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.seconds < float("inf"):
         raise ConfigError(f"`seconds` must be finite and above 0; got {arguments.seconds:g}")
     files = output_files.files_of(arguments)
-    model, examples = example_options.model_and_examples(arguments)
+    model, examples = options.model_and_examples(arguments)
     _make_sparse(model, arguments)
     make = OPTIMIZERS.get(arguments.optimizer)
     optimizer = make(model.parameters()) if make else None

@@ -19,9 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from sparsekern.cost.watch import OTHER, Watch, tensors
 from sparsekern.ops import flops  # noqa: F401  registers the formulas of the sparse operators
 from sparsekern.ops.workspace import workspace_bytes
-from sparsekern.profiling.watch import OTHER, Watch, tensors
 
 
 @dataclass

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.blocks import Block, Grid, active_count, as_block
+from sparsekern.cost.cpu_rates import kind_of
+from sparsekern.cost.examples import Call
 from sparsekern.errors import ConfigError, DtypeError
-from sparsekern.examples import Call
 from sparsekern.nn.kinds import Weight
-from sparsekern.planning.cpu_rates import kind_of
-from sparsekern.sampling import block_counts
+from sparsekern.topology.blocks import Block, Grid, active_count, as_block
+from sparsekern.topology.sampling import block_counts
 
 INDEX_BYTES = 4  # int32
 

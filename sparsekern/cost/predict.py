@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from sparsekern.cost import cpu_rates
+from sparsekern.cost.layers import Layer, Part, Use
+from sparsekern.cost.roofline import H200, Problem, Roofline, device_named
 from sparsekern.errors import DeviceError, DtypeError
-from sparsekern.ops.cpu_choice import has_numba
+from sparsekern.ops.cpu.choice import has_numba
 from sparsekern.ops.crossover import DENSE_ABOVE, dense_wins
-from sparsekern.planning import cpu_rates
-from sparsekern.planning.layers import Layer, Part, Use
-from sparsekern.planning.roofline import H200, Problem, Roofline, device_named
 
 Cut = tuple[int, int]
 """A block, (outputs, inputs)."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sparsekern import examples
+from sparsekern.cost import examples
+from sparsekern.cost.twin import Twin
 from sparsekern.errors import ModelError
-from sparsekern.profiling.twin import Twin
 
 Loss = Callable[[Any], Tensor]
 """From the model's output to a number."""

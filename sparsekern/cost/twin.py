@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from sparsekern.cost.examples import Examples
 from sparsekern.errors import ModelError
-from sparsekern.examples import Examples
 
 
 class Twin(NamedTuple):

@@ -4,13 +4,13 @@ Image models take (n, in_channels, height, width) float, in either memory format
 (n, classes). Text models take (n, t) int64 and give (n, t, vocab).
 """
 
-from benchmarks.models.char_gru import char_gru
-from benchmarks.models.gpt import small_gpt
-from benchmarks.models.lenet import lenet_5, lenet_300_100
-from benchmarks.models.mobilenet import mobilenet_v1
-from benchmarks.models.resnet import resnet_50, wide_resnet_22_2
-from benchmarks.models.vgg import vgg_16
-from benchmarks.models.vit import vit
+from sparsekern.models.char_gru import char_gru
+from sparsekern.models.gpt import small_gpt
+from sparsekern.models.lenet import lenet_5, lenet_300_100
+from sparsekern.models.mobilenet import mobilenet_v1
+from sparsekern.models.resnet import resnet_50, wide_resnet_22_2
+from sparsekern.models.vgg import vgg_16
+from sparsekern.models.vit import vit
 
 __all__ = [
     "char_gru",

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from benchmarks.models.inputs import check_tokens
+from sparsekern.models.inputs import check_tokens
 
 
 class CharGRU(nn.Module):

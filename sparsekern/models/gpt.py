@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models.inputs import check_tokens
-from benchmarks.models.transformer import Block
+from sparsekern.models.inputs import check_tokens
+from sparsekern.models.transformer import Block
 
 
 class GPT(nn.Module):

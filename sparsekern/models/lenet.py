@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from benchmarks.models.inputs import check_images
+from sparsekern.models.inputs import check_images
 
 
 class LeNet(nn.Module):

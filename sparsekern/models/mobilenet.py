@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from benchmarks.models.inputs import check_images
+from sparsekern.models.inputs import check_images
 
 LAYERS = (
     *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),

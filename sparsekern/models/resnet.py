@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.models.inputs import check_images
+from sparsekern.models.inputs import check_images
 
 EXPANSION = 4
 """Channels a bottleneck gives, as a multiple of those inside."""

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from benchmarks.models.inputs import check_images
+from sparsekern.models.inputs import check_images
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """Channels and convolutions of each stage; a stage ends with 2 x 2 max pooling."""

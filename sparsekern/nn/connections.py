@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsekern.blocks import Block, active_count, check_sparsity
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.ops import block_norm
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block, active_count, check_sparsity
 
 
 def topology_of(

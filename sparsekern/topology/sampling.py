@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.blocks import Grid
 from sparsekern.errors import DtypeError
+from sparsekern.topology.blocks import Grid
 
 
 def check_generator(generator: object) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern import sampling
-from sparsekern.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
+from sparsekern.topology import sampling
+from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 
 _INT32_MAX = 2**31 - 1
 ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm", "row_order", "col_order")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsekern.blocks import Block, as_block, check_sparsity
-from sparsekern.data import DATASETS
 from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import ConfigError, DeviceError, DtypeError
 from sparsekern.methods import METHODS, UpdateSchedule
 from sparsekern.ops.dispatch import check_impl
+from sparsekern.topology.blocks import Block, as_block, check_sparsity
+from sparsekern.training.data import DATASETS
 
 DENSE = "dense"
 ALL_METHODS = (DENSE, *METHODS)
@@ -24,10 +24,10 @@ class TrainConfig:
     """Everything a run depends on, besides its data, method and seed.
 
     Attributes:
-        data: name in `sparsekern.data.DATASETS`.
+        data: name in `sparsekern.training.data.DATASETS`.
         methods: to compare; "dense" is always run, as the baseline.
-        model: None for the fully connected net of `hidden`; a name in benchmarks.models, or
-            MODULE:FUNCTION, see `sparsekern.models`.
+        model: None for the fully connected net of `hidden`; a name in sparsekern.models, or
+            MODULE:FUNCTION, see `sparsekern.training.zoo`.
         sparsity: of all sparse layers together, in [0, 1); the output layer is dense, and what
             `sparsify_` leaves dense.
         block: edge or pair (outputs, inputs).

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DataError, UnavailableError
-from sparsekern.idx import read_idx
+from sparsekern.training.idx import read_idx
 
 DATASETS = ("digits", "fashion-mnist", "text")
 """Names that `load` knows."""

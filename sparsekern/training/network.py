@@ -8,12 +8,12 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from sparsekern import models
-from sparsekern.config import DENSE, TrainConfig
-from sparsekern.data import CLASSES, Dataset, Images
 from sparsekern.errors import ConfigError
 from sparsekern.nn import SparseLayer, SparseLinear
 from sparsekern.swap import sparse_layers, sparsify_
+from sparsekern.training import zoo
+from sparsekern.training.config import DENSE, TrainConfig
+from sparsekern.training.data import CLASSES, Dataset, Images
 
 
 def shaped(config: TrainConfig, data: Dataset) -> Dataset:
@@ -24,7 +24,7 @@ def shaped(config: TrainConfig, data: Dataset) -> Dataset:
     """
     if config.model is None or not isinstance(data, Images):
         return data
-    return data.with_channel() if models.takes_images(models.find(config.model)) else data
+    return data.with_channel() if zoo.takes_images(zoo.find(config.model)) else data
 
 
 def build(config: TrainConfig, data: Dataset, method: str, seed: int) -> nn.Module:
@@ -45,7 +45,7 @@ def build(config: TrainConfig, data: Dataset, method: str, seed: int) -> nn.Modu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.model is not None:
-            model = models.make(config.model, data)
+            model = zoo.make(config.model, data)
         else:
             model = _fully_connected((data.train_x.shape[1], *config.hidden))
         if method != DENSE:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekern.data import DEMO_EXTRA
 from sparsekern.errors import ConfigError, UnavailableError
-from sparsekern.training import RunResult
+from sparsekern.training.data import DEMO_EXTRA
+from sparsekern.training.trainer import RunResult
 
 if TYPE_CHECKING:
     pass

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from sparsekern.accounting import FLOP_CONVENTION, StepTime
-from sparsekern.config import DENSE, TrainConfig
-from sparsekern.environment import environment
-from sparsekern.training import RunResult
+from sparsekern.cost.run_flops import FLOP_CONVENTION
+from sparsekern.cost.timing import StepTime
+from sparsekern.show.environment import environment
+from sparsekern.training.config import DENSE, TrainConfig
+from sparsekern.training.trainer import RunResult
 
 FORMAT = 1
 _HEAD = ("test", "training", "inference", "weights, grads,", "", "with", "", "", "")

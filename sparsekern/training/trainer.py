@@ -20,21 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.accounting import (
-    Flops,
-    HeldBytes,
-    forward_flops,
-    held_bytes,
-    run_flops,
-    synchronize,
-)
-from sparsekern.config import ALL_METHODS, DENSE, TrainConfig
-from sparsekern.data import Dataset, Text, batches, for_model
+from sparsekern.cost.held import HeldBytes, held_bytes
+from sparsekern.cost.modes import evaluating
+from sparsekern.cost.run_flops import Flops, forward_flops, run_flops
+from sparsekern.cost.timing import synchronize
 from sparsekern.errors import ConfigError, TrainingLoopError
 from sparsekern.methods import METHODS, Method
-from sparsekern.models import evaluating
-from sparsekern.network import build, first_layer_connections, shaped
 from sparsekern.swap import sparse_layers
+from sparsekern.training.config import ALL_METHODS, DENSE, TrainConfig
+from sparsekern.training.data import Dataset, Text, batches, for_model
+from sparsekern.training.network import build, first_layer_connections, shaped
 
 T_END_SHARE = 0.75
 """Topology updates stop at this share of the weight steps (Evci et al. 2020)."""

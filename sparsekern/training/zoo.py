@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sparsekern.data import Dataset, Images, for_model
+from sparsekern.cost.modes import evaluating
 from sparsekern.errors import ConfigError
+from sparsekern.training.data import Dataset, Images, for_model
 
-ZOO = "benchmarks.models"
-"""Where a name without a module is looked up: the source repository, not the installed package."""
+ZOO = "sparsekern.models"
+"""Where a name without a module is looked up."""
 
 
 def find(spec: str) -> Callable[..., nn.Module]:
@@ -77,19 +77,6 @@ def make(spec: str, data: Dataset) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode comes back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
 def _offered(data: Dataset) -> dict[str, Any]:
     if not isinstance(data, Images):
         return {"vocab": data.classes, "seq_len": data.train_x.shape[1]}
@@ -133,8 +120,6 @@ def _advice(module: str) -> str:
     names = getattr(sys.modules.get(module), "__all__", ())
     if names:
         return f"; {module} has {', '.join(names)}"
-    if module == ZOO:
-        return "; run from the root of the source repository, or name MODULE:FUNCTION"
     return f"; {module} must be importable from the current directory"
 
 

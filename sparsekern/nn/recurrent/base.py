@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsekern.blocks import Block, check_sparsity
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from sparsekern.nn.connections import check_mask, topology_of
 from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.nn.linear import SparseLinear
-from sparsekern.nn.tickets import check_mask, topology_of
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block, check_sparsity
 
 Shares = float | Mapping[str, float | None]
 """One sparsity, or one for each matrix by name; None leaves a matrix dense."""

@@ -8,10 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsekern.blocks import Block
 from sparsekern.errors import ShapeError
-from sparsekern.nn.gates import KINDS
-from sparsekern.nn.recurrent_base import (
+from sparsekern.nn.recurrent.base import (
     Shares,
     SparseRecurrent,
     check_flag,
@@ -19,8 +17,10 @@ from sparsekern.nn.recurrent_base import (
     check_size,
     uncompiled,
 )
-from sparsekern.nn.scan import scan
+from sparsekern.nn.recurrent.gates import KINDS
+from sparsekern.nn.recurrent.scan import scan
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block
 
 
 class _Cell(SparseRecurrent):

@@ -10,18 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sparsekern.blocks import Block
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
-from sparsekern.nn.gates import KINDS
-from sparsekern.nn.recurrent_base import (
-    Shares,
-    SparseRecurrent,
-    check_flag,
-    check_size,
-    uncompiled,
-)
-from sparsekern.nn.scan import scan
+from sparsekern.nn.recurrent.base import Shares, SparseRecurrent, check_flag, check_size, uncompiled
+from sparsekern.nn.recurrent.gates import KINDS
+from sparsekern.nn.recurrent.scan import scan
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block
 
 
 class RecurrentLayers(SparseRecurrent):

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sparsekern.nn.recurrent_base import SparseRecurrent, check_nonlinearity
-from sparsekern.nn.recurrent_cells import SparseGRUCell, SparseLSTMCell, SparseRNNCell
-from sparsekern.nn.recurrent_layers import RecurrentLayers
+from sparsekern.nn.recurrent.base import SparseRecurrent, check_nonlinearity
+from sparsekern.nn.recurrent.cells import SparseGRUCell, SparseLSTMCell, SparseRNNCell
+from sparsekern.nn.recurrent.layers import RecurrentLayers
 
 __all__ = [
     "RECURRENT",

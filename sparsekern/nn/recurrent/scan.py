@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from sparsekern.errors import UnavailableError
 from sparsekern.nn.base import SparseLayer
-from sparsekern.nn.gates import KINDS
-from sparsekern.nn.products import Product, recipe_of
+from sparsekern.nn.recurrent.gates import KINDS
+from sparsekern.nn.recurrent.products import Product, recipe_of
 from sparsekern.ops import capture
 from sparsekern.ops.library import is_traced
 from sparsekern.ops.ranges import ranged

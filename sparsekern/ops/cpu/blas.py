@@ -3,7 +3,7 @@
 No activation is gathered, transposed or copied: BLAS takes the leading dimension of a column
 slice. Gathering a block row's inputs first (the other way to larger products) lost by 1.6 times in
 cache and more beyond. What remains per block is torch's dispatch, about 10 us, so edges below 32
-belong to `cpu_csr`. FLOPs: 2 M bh bw per block and product, edge blocks cut to the matrix.
+belong to `csr`. FLOPs: 2 M bh bw per block and product, edge blocks cut to the matrix.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The rule, `backend_for`, depends on nothing but what is installed, the block and the dtype:
 
-1. `"jit"` (`cpu_jit`, needs the optional package numba): every block and dtype.
-2. `"blas"` (`cpu_blas`, torch only): both block edges at least 32.
-3. `"csr"` (`cpu_csr`, torch only): all smaller blocks, (1, 1) among them.
+1. `"jit"` (`jit.linear`, needs the optional package numba): every block and dtype.
+2. `"blas"` (`blas`, torch only): both block edges at least 32.
+3. `"csr"` (`csr`, torch only): all smaller blocks, (1, 1) among them.
 
 `SPARSEKERN_CPU=jit|blas|csr` in the environment, or `with force(...)`, overrides it. float32 and
 float64 are computed as they are; float16 and bfloat16 are computed in float32 and rounded once.

@@ -1,10 +1,10 @@
 """Sparse convolution on the CPU: which implementation runs, and the arithmetic type it runs in.
 
-The rule is that of `cpu_choice`: with numba `cpu_conv_jit`, else `cpu_conv_torch`, which unfolds a
-bounded number of pixels at a time and takes the linear products of `cpu_blas` or `cpu_csr`. With
+The rule is that of `choice`: with numba `jit.conv`, else `unfold`, which unfolds a
+bounded number of pixels at a time and takes the linear products of `blas` or `csr`. With
 numba too, a kernel so dilated that its outermost taps lie megabytes apart is unfolded, for
-`cpu_jit`: what `cpu_conv_jit` holds grows with that distance. A pointwise convolution of a
-channels-last image is a linear map of its pixels and goes to `cpu_linear` as such. float16 and
+`jit.linear`: what `jit.conv` holds grows with that distance. A pointwise convolution of a
+channels-last image is a linear map of its pixels and goes to `linear` as such. float16 and
 bfloat16 are computed in float32 and rounded once.
 """
 
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import cpu_linear
-from sparsekern.ops.cpu_choice import backend_for, compute_dtype
+from sparsekern.ops.cpu import linear
+from sparsekern.ops.cpu.choice import backend_for, compute_dtype
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of, image_of, pixels_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def conv2d(x: Tensor, values: Tensor, t: Topology, g: ConvGeometry, bias: Tensor
         (N, C_out, P, Q) of x's dtype, channels-last if x is.
     """
     if _is_linear(g, x):
-        return _image(cpu_linear.spmm(pixels_of(x), values, t, bias), x)
+        return _image(linear.spmm(pixels_of(x), values, t, bias), x)
     run, kind = plan(t, g, x)
     added = None if bias is None else bias.to(kind)
     return _like(x, run.conv2d(x.to(kind), values.to(kind), t, g, added))
@@ -54,7 +54,7 @@ def conv2d_dgrad(
 ) -> Tensor:
     """dx: (N, C_out, P, Q) of any strides -> (N, C_in, *size) of dy's dtype."""
     if _is_linear(g, dy):
-        return _image(cpu_linear.spmm_t(pixels_of(dy), values, t), dy)
+        return _image(linear.spmm_t(pixels_of(dy), values, t), dy)
     run, kind = plan(t, g, dy)
     return _like(dy, run.conv2d_dgrad(dy.to(kind), values.to(kind), t, g, size=size))
 
@@ -62,7 +62,7 @@ def conv2d_dgrad(
 def conv2d_wgrad(dy: Tensor, x: Tensor, t: Topology, g: ConvGeometry) -> Tensor:
     """dw at active blocks: (nnzb, bh, bw) of x's dtype, exact 0 in padding."""
     if _is_linear(g, x, dy):
-        return cpu_linear.sddmm(pixels_of(dy), pixels_of(x), t)
+        return linear.sddmm(pixels_of(dy), pixels_of(x), t)
     run, kind = plan(t, g, x)
     dw: Tensor = run.conv2d_wgrad(dy.to(kind), x.to(kind), t, g)
     return dw.to(x.dtype)
@@ -73,7 +73,7 @@ def conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dw) of `conv2d`, sharing what the two products have in common; dx is laid out as x."""
     if _is_linear(g, x, dy):
-        dx, dw = cpu_linear.backward(pixels_of(dy), pixels_of(x), values, t)
+        dx, dw = linear.backward(pixels_of(dy), pixels_of(x), values, t)
         return _image(dx, x), dw
     run, kind = plan(t, g, x)
     dx, dw = run.conv2d_backward(dy.to(kind), x.to(kind), values.to(kind), t, g)
@@ -110,6 +110,6 @@ def plan(t: Topology, g: ConvGeometry, image: Tensor) -> tuple[Any, torch.dtype]
 @functools.cache
 def _module(name: str, in_place: bool) -> Any:
     if in_place:
-        return importlib.import_module("sparsekern.ops.cpu_conv_jit")
-    torch_only = importlib.import_module("sparsekern.ops.cpu_conv_torch")
-    return torch_only.Products(importlib.import_module(f"sparsekern.ops.cpu_{name}"))
+        return importlib.import_module("sparsekern.ops.cpu.jit.conv")
+    torch_only = importlib.import_module("sparsekern.ops.cpu.unfold")
+    return torch_only.Products(linear.module_of(name))

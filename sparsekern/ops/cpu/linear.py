@@ -1,4 +1,4 @@
-"""The linear products on the CPU: by the implementation that `cpu_choice` names, in its type."""
+"""The linear products on the CPU: by the implementation that `choice` names, in its type."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from sparsekern.ops.cpu_choice import backend_for, compute_dtype
+from sparsekern.ops.cpu.choice import backend_for, compute_dtype
 
 if TYPE_CHECKING:
     from sparsekern.ops.dispatch import Backend
     from sparsekern.topology import Topology
+
+MODULES = {
+    "jit": "sparsekern.ops.cpu.jit.linear",
+    "blas": "sparsekern.ops.cpu.blas",
+    "csr": "sparsekern.ops.cpu.csr",
+}
+"""The linear products of each implementation; imported when first used, as numba is optional."""
 
 
 def spmm(
@@ -62,9 +69,10 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor
 
 def _plan(t: Topology, x: Tensor) -> tuple[Backend, torch.dtype]:
     name = backend_for(t, x.dtype)
-    return _module(name), compute_dtype(x.dtype)
+    return module_of(name), compute_dtype(x.dtype)
 
 
 @functools.cache
-def _module(name: str) -> Backend:
-    return cast("Backend", importlib.import_module(f"sparsekern.ops.cpu_{name}"))
+def module_of(name: str) -> Backend:
+    """The linear products of an implementation that `choice` names."""
+    return cast("Backend", importlib.import_module(MODULES[name]))

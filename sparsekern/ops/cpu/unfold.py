@@ -1,8 +1,8 @@
 """Sparse convolution without numba: a few pixels at a time are unfolded and multiplied.
 
 A chunk of output pixels is copied as (pixels, taps channels), `ELEMENTS` numbers at most and never
-more than a quarter of the activations, and handed to the linear products of `cpu_blas` or
-`cpu_csr`. Channels are padded to whole blocks there, so one group is an ordinary sparse matrix.
+more than a quarter of the activations, and handed to the linear products of `blas` or
+`csr`. Channels are padded to whole blocks there, so one group is an ordinary sparse matrix.
 FLOPs: 2 N P Q bh bw per active block and product.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekern.geometry import ConvGeometry
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of
 from sparsekern.topology import Topology
 

@@ -1,9 +1,9 @@
 """Sparse convolution with numba: compiled loops over the active blocks, split over torch's threads.
 
-The line of pixels (`cpu_conv_line`) is cut into chunks that fit into L2; a task is a run of chunks.
+The line of pixels (`conv_line`) is cut into chunks that fit into L2; a task is a run of chunks.
 The weight gradient is summed in a number of parts that depends on shapes alone, and the parts are
 added in order, so the number of threads changes no bit. Workspace: per thread, a chunk of x and of
-dy (about `BYTES`, at most three times `cpu_conv.SPAN_BYTES`) and one block row of it; the parts of
+dy (about `BYTES`, at most three times `cpu.conv.SPAN_BYTES`) and one block row of it; the parts of
 dw, together at most a quarter of the activations; a few int32 per active block. FLOPs:
 2 N P Q bh bw per active block and product.
 
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsekern.geometry import ConvGeometry
-from sparsekern.ops.cpu_conv_job import Job
+from sparsekern.ops.cpu.jit.conv_job import Job
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of
 
 if TYPE_CHECKING:

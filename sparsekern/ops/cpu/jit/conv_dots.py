@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsekern.ops.cpu_conv_simd import (
+from sparsekern.ops.cpu.jit.conv_simd import (
     dots_column,
     dots_four,
     dots_one,
@@ -21,7 +21,7 @@ from sparsekern.ops.cpu_conv_simd import (
     outer_two,
     outer_two_row,
 )
-from sparsekern.ops.cpu_simd import WIDTH, jit
+from sparsekern.ops.cpu.jit.simd import WIDTH, jit
 
 SEGMENT = 512  # pixels of dy and x that one pass of an outer product takes
 

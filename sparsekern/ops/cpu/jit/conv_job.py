@@ -1,6 +1,6 @@
 """One call of the sparse convolution with numba: how it is cut, and what the kernels are told.
 
-The line of pixels (`cpu_conv_line`) is cut into chunks that fit into L2; a task is a run of chunks.
+The line of pixels (`conv_line`) is cut into chunks that fit into L2; a task is a run of chunks.
 The weight gradient is summed in a number of parts that depends on shapes alone, and the parts are
 added in order, so the number of threads changes no bit.
 """
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import cpu_conv_kernels as kernels
-from sparsekern.ops import cpu_conv_sums as sums_of
-from sparsekern.ops.cpu_conv_line import Ints, Line
-from sparsekern.ops.cpu_conv_simd import ENTRY_VECS, SUM_VECS
-from sparsekern.ops.cpu_simd import WIDTH
-from sparsekern.ops.threads import run
+from sparsekern.ops.cpu.jit import conv_sums as sums_of
+from sparsekern.ops.cpu.jit import conv_sweep as kernels
+from sparsekern.ops.cpu.jit.conv_line import Ints, Line
+from sparsekern.ops.cpu.jit.conv_simd import ENTRY_VECS, SUM_VECS
+from sparsekern.ops.cpu.jit.simd import WIDTH
+from sparsekern.ops.cpu.threads import run
+from sparsekern.ops.geometry import ConvGeometry
 
 if TYPE_CHECKING:
     from sparsekern.topology import Topology

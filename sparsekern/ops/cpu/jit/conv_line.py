@@ -1,6 +1,6 @@
 """How a convolution becomes a one-dimensional one: taps as shifts along a line of pixels.
 
-See `cpu_conv_pack` for the line. Padding is shared between neighbours: the zeros to the right of a
+See `conv_pack` for the line. Padding is shared between neighbours: the zeros to the right of a
 row are those to the left of the next one, so the line is hardly longer than the image. A stride of
 s splits rows (and columns) into s phases, of which those that a tap reads are kept; on a phase the
 convolution has stride 1.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sparsekern.geometry import ConvGeometry
+from sparsekern.ops.geometry import ConvGeometry
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 

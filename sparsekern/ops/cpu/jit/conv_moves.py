@@ -1,6 +1,6 @@
 """Vector primitives that move pixels: copies of runs, of every other pixel, and transposes.
 
-As in `cpu_simd`, addresses are plain integers and strides are in elements. Masked loads and stores
+As in `simd`, addresses are plain integers and strides are in elements. Masked loads and stores
 take the ends of runs, so nothing beyond a run is read or written.
 """
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from numba.core import cgutils
 
-from sparsekern.ops.cpu_simd import WIDTH, _primitive
+from sparsekern.ops.cpu.jit.simd import WIDTH, _primitive
 
 ir = cgutils.ir
 

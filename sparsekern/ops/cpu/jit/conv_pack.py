@@ -15,7 +15,7 @@ stride-th row and column.
 
 from typing import Any
 
-from sparsekern.ops.cpu_conv_moves import (
+from sparsekern.ops.cpu.jit.conv_moves import (
     copy_even,
     copy_runs,
     copy_strided,
@@ -23,7 +23,7 @@ from sparsekern.ops.cpu_conv_moves import (
     spread_even,
     turn_edge,
 )
-from sparsekern.ops.cpu_simd import WIDTH, jit, turn
+from sparsekern.ops.cpu.jit.simd import WIDTH, jit, turn
 
 VIEW = 12  # numbers of a view
 

@@ -1,4 +1,4 @@
-"""Vector primitives of the convolution kernels, next to those of `cpu_simd`.
+"""Vector primitives of the convolution kernels, next to those of `simd`.
 
 The vectors run over pixels (`sums`, `entry_sums`, `dots`) or over input channels (`outer`).
 Addresses are plain integers, strides are in elements; `z` picks the element type. Every sum is one
@@ -9,13 +9,7 @@ from typing import Any
 
 from numba.core import cgutils
 
-from sparsekern.ops.cpu_simd import (
-    WIDTH,
-    _fold,
-    _pair,
-    _prefetch,
-    _primitive,
-)
+from sparsekern.ops.cpu.jit.simd import WIDTH, _fold, _pair, _prefetch, _primitive
 
 ir = cgutils.ir
 

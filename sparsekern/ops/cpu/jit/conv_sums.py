@@ -1,6 +1,6 @@
 """numba kernels of the sparse convolution's sums: the forward product and the input gradient.
 
-On flat planes (`cpu_conv_pack`) a tap of the kernel is a shift, so an output channel is a sum of
+On flat planes (`conv_pack`) a tap of the kernel is a shift, so an output channel is a sum of
 shifted input rows: register tiles of 8 outputs by half of `SUM_VECS` vectors of pixels. Bound: for
 blocks, multiply-adds; for single entries, L2 reads of `ENTRY_VECS` vectors per entry.
 
@@ -9,9 +9,9 @@ blocks, multiply-adds; for single entries, L2 reads of `ENTRY_VECS` vectors per 
 
 from typing import Any
 
-from sparsekern.ops.cpu_conv_moves import fill
-from sparsekern.ops.cpu_conv_pack import copy_out, segments
-from sparsekern.ops.cpu_conv_simd import (
+from sparsekern.ops.cpu.jit.conv_moves import fill
+from sparsekern.ops.cpu.jit.conv_pack import copy_out, segments
+from sparsekern.ops.cpu.jit.conv_simd import (
     ENTRY_VECS,
     SUM_VECS,
     entry_sums,
@@ -19,7 +19,7 @@ from sparsekern.ops.cpu_conv_simd import (
     sum_four,
     sum_one,
 )
-from sparsekern.ops.cpu_simd import WIDTH, jit
+from sparsekern.ops.cpu.jit.simd import WIDTH, jit
 
 
 @jit

@@ -1,18 +1,18 @@
 """The numba kernel of the sparse convolution: one task's chunks, from images to images.
 
-A chunk of the line of pixels (`cpu_conv_pack`) is copied into scratch that stays in L2, where the
-sums (`cpu_conv_sums`) and the weight gradient (`cpu_conv_dots`) work on it.
+A chunk of the line of pixels (`conv_pack`) is copied into scratch that stays in L2, where the
+sums (`conv_sums`) and the weight gradient (`conv_dots`) work on it.
 
 `z` is a scalar of the element type, `eb` its bytes; addresses are integers, strides in elements.
 """
 
 from typing import Any
 
-from sparsekern.ops.cpu_conv_dots import dots_chunk
-from sparsekern.ops.cpu_conv_moves import fill
-from sparsekern.ops.cpu_conv_pack import copy_in, panel, segments
-from sparsekern.ops.cpu_conv_sums import sum_chunk
-from sparsekern.ops.cpu_simd import WIDTH, jit
+from sparsekern.ops.cpu.jit.conv_dots import dots_chunk
+from sparsekern.ops.cpu.jit.conv_moves import fill
+from sparsekern.ops.cpu.jit.conv_pack import copy_in, panel, segments
+from sparsekern.ops.cpu.jit.conv_sums import sum_chunk
+from sparsekern.ops.cpu.jit.simd import WIDTH, jit
 
 
 @jit

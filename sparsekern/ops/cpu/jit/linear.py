@@ -1,7 +1,7 @@
 """CPU path with numba: compiled loops over the active blocks, split over torch's threads.
 
-Two families: *wide* (`cpu_wide`) when both block edges are multiples of two vectors (32 floats
-with AVX-512), which reads activations where they lie; otherwise *tiles* (`cpu_tiles`), which packs
+Two families: *wide* (`wide`) when both block edges are multiples of two vectors (32 floats
+with AVX-512), which reads activations where they lie; otherwise *tiles* (`tiles`), which packs
 tokens. All sums are chains of fused multiply-adds in a fixed order: the same bits for any number
 of threads. FLOPs: 2 M bh bw per active block and product. Workspace: wide, per thread the blocks of
 one block row; tiles, per thread one tile of tokens, in `sddmm` a chunk of tiles of x and dy.
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekern.ops import cpu_tiles, cpu_wide
-from sparsekern.ops.cpu_simd import VECS, WIDTH
-from sparsekern.ops.threads import Task, run
+from sparsekern.ops.cpu.jit import tiles as cpu_tiles
+from sparsekern.ops.cpu.jit import wide as cpu_wide
+from sparsekern.ops.cpu.jit.simd import VECS, WIDTH
+from sparsekern.ops.cpu.threads import Task, run
 
 if TYPE_CHECKING:
     from sparsekern.topology import Topology

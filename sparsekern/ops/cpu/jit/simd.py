@@ -35,7 +35,7 @@ def jit(function: F) -> F:
     # numba dates a cached kernel by the kernel's own file only: add those it is built from
     store: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if hasattr(store, "_source_stamp"):
-        built_from = [path.stat() for path in sorted(Path(__file__).parent.glob("cpu_*.py"))]
+        built_from = [path.stat() for path in sorted(Path(__file__).parent.glob("*.py"))]
         stamp = tuple((file.st_mtime, file.st_size) for file in built_from)
         store._source_stamp = (store._source_stamp, stamp)
     return cast(F, compiled)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsekern.ops.cpu_simd import (
+from sparsekern.ops.cpu.jit.simd import (
     ROWS,
     WIDTH,
     clear,
