@@ -71,22 +71,22 @@ class Plan:
         return None
 
 
-def find(kernel: Any, tensor: torch.Tensor, *key: Any) -> Plan:
+def find(kernel: Any, tensor: torch.Tensor, key: tuple[Any, ...]) -> Plan:
     """The plan of a launcher for a key, on the device of `tensor`; a new one at first.
 
     Args:
         kernel: one of the launcher's kernels.
         tensor: an operand that is on the device of the launch.
-        *key: all that the launcher's decisions and its launches depend on, pointers apart.
+        key: all that the launcher's decisions and its launches depend on, pointers apart.
     """
     if _KNOWN is None or is_interpreted(kernel):
         return Plan(-1, kept=False)
     device = tensor.get_device()
-    plan = _plans.get((*key, device))
+    plan = _plans.get((device, key))
     if plan is None:
         if len(_plans) >= LIMIT:
             _plans.clear()
-        plan = _plans[*key, device] = Plan(device, kept=True)
+        plan = _plans[device, key] = Plan(device, kept=True)
     return plan
 
 
