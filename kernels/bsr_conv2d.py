@@ -175,8 +175,8 @@ def bsr_conv2d(
     values = values.contiguous()
     bh, bw = values.shape[1:]
     plan = plans.find(_bsr_conv2d_kernel, x, _key(x, values, bias, n_out, window))
-    cut = plan.cut = plan.cut or block_options(
-        "conv2d", x, (bw, bh), window, is_interpreted(_bsr_conv2d_kernel)
+    cut = plan.decide(
+        block_options, "conv2d", x, (bw, bh), window, is_interpreted(_bsr_conv2d_kernel)
     )
     groups, R, sb = window.groups, order.numel(), 0 if bias is None else bias.stride(0)
     sizes = {"H": H, "W": W, "PQ": P * Q, "Q": Q, "R": R, "C_out": n_out, "sb": sb}

@@ -189,8 +189,13 @@ def bsr_conv2d_dgrad(
     values = values.contiguous()
     bh, bw = values.shape[1:]
     plan = plans.find(_bsr_conv2d_dgrad_kernel, dy, _key(dy, values, n_in, size, window))
-    cut = plan.cut = plan.cut or block_options(
-        "conv2d_dgrad", dy, (bh, bw), window, is_interpreted(_bsr_conv2d_dgrad_kernel)
+    cut = plan.decide(
+        block_options,
+        "conv2d_dgrad",
+        dy,
+        (bh, bw),
+        window,
+        is_interpreted(_bsr_conv2d_dgrad_kernel),
     )
     groups, (SH, SW), taps = window.groups, window.stride, window.kernel[0] * window.kernel[1]
     RB, CB = triton.cdiv(n_out // groups, bh), triton.cdiv(n_in // groups, bw)

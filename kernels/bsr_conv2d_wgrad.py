@@ -173,7 +173,7 @@ def bsr_conv2d_wgrad(
     _, n_in, H, W = x.shape
     (bh, bw), groups = block, window.groups
     plan = plans.find(_bsr_conv2d_wgrad_kernel, x, _key(dy, x, crow, col, block, window))
-    cut = plan.cut = plan.cut or _options(x, block, window)
+    cut = plan.decide(_options, x, block, window)
     copied = sum(0 if has_adjacent_channels(a) else a.shape[1:].numel() for a in (dy, x))
     step = images_at_once(batch, copied=copied)
     R, M = crow.numel() - 1, step * P * Q
@@ -192,7 +192,8 @@ def bsr_conv2d_wgrad(
     for first in range(0, batch, step):
         dys, xs = (channels_adjacent(a[first : first + step]) for a in (dy, x))
         tensors = dys, xs, crow, col, dw
-        variant = len(xs), first > 0, dtype, parts
+        ADD = first > 0
+        variant = len(xs), ADD, dtype, parts
         ordinary_kernel = plan.start(_bsr_conv2d_wgrad_kernel, tensors, variant)
         if ordinary_kernel is not None:
             with torch.cuda.device_of(x):
@@ -202,7 +203,7 @@ def bsr_conv2d_wgrad(
                     N=len(xs),
                     **{f"sy{name}": dys.stride(dim) for name, dim in _STRIDES},
                     **{f"sx{name}": xs.stride(dim) for name, dim in _STRIDES},
-                    ADD=first > 0,
+                    ADD=ADD,
                     **sizes,
                     **cut,
                 )

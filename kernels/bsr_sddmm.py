@@ -245,7 +245,7 @@ def bsr_sddmm(
         `out` if it is given.
     """
     plan = plans.find(_bsr_sddmm_kernel, x, _key(dy, x, crow, col, block))
-    cut = plan.cut = plan.cut or _cut(dy, x, crow, col, block)
+    cut: _Cut = plan.decide(_cut, dy, x, crow, col, block)
     # only a finished sum can be added to, in fp32, where the kernel may store the dtype of `out`
     added = (
         out is not None

@@ -277,7 +277,7 @@ def _launch(
         return in_dtype(y, x.dtype)
     values = values.contiguous()
     plan = plans.find(_bsr_spmm_kernel, x, _key(x, values, side, bias, y, relu))
-    cut = plan.cut = plan.cut or _cut(x, values, side, bias, y, relu)
+    cut: _Cut = plan.decide(_cut, x, values, side, bias, y, relu)
     if cut.ring_kb is not None:
         return _launch_resident(x, values, side, bias, n_out, cut.ring_kb)
     start, inner, perm, order = side
@@ -353,19 +353,19 @@ def _cut(
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-    ring_kb = None if relu else _ring_kb(x, values.shape[1:], side.perm is not None)
+    ring_kb = _ring_kb(x, values, side.perm is not None, relu)
     return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, options)
 
 
-def _ring_kb(x: torch.Tensor, block: tuple[int, ...], trans: bool) -> int | None:
+def _ring_kb(x: torch.Tensor, values: torch.Tensor, trans: bool, relu: bool) -> int | None:
     """Shared memory of the kernel that holds activations, if a table asks for it and it fits."""
     arch, op = arch_class(x.device), "spmm_t_resident" if trans else "spmm_resident"
-    entry = optional(arch, op, compute_kind(x.dtype), max(block))
-    if entry is None or is_interpreted(_bsr_spmm_kernel):
+    _, bh, bw = values.shape
+    entry = optional(arch, op, compute_kind(x.dtype), max(bh, bw))
+    if entry is None or relu or is_interpreted(_bsr_spmm_kernel):
         return None
     from .bsr_spmm_resident import resident_fits  # noqa: PLC0415  Gluon is heavy, seldom needed
 
-    bh, bw = block
     fits = resident_fits(arch, x.dtype, (bh, bw), x.shape[1], trans, entry.RING_KB)
     return int(entry.RING_KB) if fits else None
 

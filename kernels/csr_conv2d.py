@@ -223,7 +223,7 @@ def csr_conv2d(
         return in_dtype(y, x.dtype)
     values = values.contiguous()
     plan = plans.find(_csr_conv2d_kernel, x, _key("csr_conv2d", x, values, bias, n_out, window))
-    cut = plan.cut = plan.cut or entry_options("csr_conv2d", x, window)
+    cut = plan.decide(entry_options, "csr_conv2d", x, window)
     tiles = triton.cdiv(n_out, cut["BN"])
     sizes = {"H": H, "W": W, "PQ": P * Q, "Q": Q, "C_out": n_out}
     sizes |= {"Cg": n_in // window.groups, "Cog": n_out // window.groups}
@@ -296,7 +296,7 @@ def csr_conv2d_dgrad(
     values = values.contiguous()
     key = *_key("csr_conv2d_dgrad", dy, values, None, n_in, window), H, W
     plan = plans.find(_csr_conv2d_dgrad_kernel, dy, key)
-    cut = plan.cut = plan.cut or entry_options("csr_conv2d_dgrad", dy, window)
+    cut = plan.decide(entry_options, "csr_conv2d_dgrad", dy, window)
     tiles = triton.cdiv(n_in, cut["BN"])
     sizes = {"H": H, "W": W, "P": P, "Q": Q, "Cg": n_in // window.groups, "C_in": n_in}
     sizes |= {"TAPS": window.kernel[0] * window.kernel[1]}

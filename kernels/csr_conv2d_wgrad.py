@@ -138,7 +138,7 @@ def csr_conv2d_wgrad(
     _, n_in, H, W = x.shape
     nnz, groups = col.numel(), window.groups
     plan = plans.find(_csr_conv2d_wgrad_kernel, x, _key(dy, x, nnz, window))
-    cut = plan.cut = plan.cut or entry_options("csr_conv2d_wgrad", x, window)
+    cut = plan.decide(entry_options, "csr_conv2d_wgrad", x, window)
     copied = sum(0 if has_adjacent_columns(a) else a.shape[1:].numel() for a in (dy, x))
     step = images_at_once(batch, copied=copied)
     programs, M = nnz // cut["BN"] + n_out, step * P * Q
@@ -155,7 +155,8 @@ def csr_conv2d_wgrad(
     for first in range(0, batch, step):
         dys, xs = (columns_adjacent(a[first : first + step]) for a in (dy, x))
         tensors = dys, xs, crow, col, dw
-        variant = len(xs), first > 0, dtype, parts
+        ADD = first > 0
+        variant = len(xs), ADD, dtype, parts
         ordinary_kernel = plan.start(_csr_conv2d_wgrad_kernel, tensors, variant)
         if ordinary_kernel is not None:
             with torch.cuda.device_of(x):
@@ -165,7 +166,7 @@ def csr_conv2d_wgrad(
                     N=len(xs),
                     **dict(zip(("syn", "syc", "syh", "syw"), dys.stride(), strict=True)),
                     **dict(zip(("sxn", "sxc", "sxh", "sxw"), xs.stride(), strict=True)),
-                    ADD=first > 0,
+                    ADD=ADD,
                     **sizes,
                     **cut,
                 )

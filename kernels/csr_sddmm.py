@@ -106,7 +106,7 @@ def csr_sddmm(
     arch = arch_class(x.device)
     plan = plans.find(_csr_sddmm_kernel, x, _key(dy, x, nnz))
     kind = compute_kind(x.dtype)
-    tile = plan.cut = plan.cut or find(arch, "csr_sddmm", kind, "any", "any", tma=False)[0]
+    tile, _ = plan.decide(find, arch, "csr_sddmm", kind, "any", "any", tma=False)
     chunk = min(M, token_chunk(N + x.shape[1], tile.BM))
     programs = nnz // tile.BN + N
     parts = splits(arch, programs, triton.cdiv(chunk, tile.BM))
@@ -118,13 +118,14 @@ def csr_sddmm(
     sizes = {"N": N, "nnz": nnz, "span": span, "enable_fp_fusion": True} | tile._asdict()
     for i, (dys, xs) in enumerate(zip(dy.split(chunk), x.split(chunk), strict=True)):
         dyt, xt = tokens_contiguous(dys), tokens_contiguous(xs)
-        tensors, variant = (dyt, xt, crow, col, dw), (len(xs), i > 0, dtype, parts, chunk)
+        tensors, ADD = (dyt, xt, crow, col, dw), i > 0
+        variant = len(xs), ADD, dtype, parts, chunk
         ordinary_kernel = plan.start(_csr_sddmm_kernel, tensors, variant)
         if ordinary_kernel is not None:
             (sym, syn), (sxm, sxk) = dyt.stride(), xt.stride()
             with torch.cuda.device_of(x):
                 ordinary_kernel[(programs, parts)](
-                    *tensors, M=len(xs), sym=sym, syn=syn, sxm=sxm, sxk=sxk, ADD=i > 0, **sizes
+                    *tensors, M=len(xs), sym=sym, syn=syn, sxm=sxm, sxk=sxk, ADD=ADD, **sizes
                 )
     total = (dw[0] if parts == 1 else dw.sum(0)).view(nnz, 1, 1)
     return in_dtype(total, x.dtype) if out is None else out.add_(total)

@@ -164,7 +164,7 @@ def _launch(
     values = values.contiguous()
     plan = plans.find(_csr_spmm_kernel, x, _key(x, values, perm is None, bias, n_out, relu))
     op, kind = "csr_spmm" if perm is None else "csr_spmm_t", compute_kind(x.dtype)
-    tile = plan.cut = plan.cut or find(arch_class(x.device), op, kind, "any", "any", tma=False)[0]
+    tile, _ = plan.decide(find, arch_class(x.device), op, kind, "any", "any", tma=False)
     chunk = token_chunk(max(K, n_out), tile.BM)
     sizes = {"N": n_out, "sb": 0 if bias is None else bias.stride(0)}
     flags = {"TRANS": perm is not None, "HAS_BIAS": bias is not None, "RELU": relu}

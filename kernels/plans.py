@@ -36,14 +36,20 @@ _plans: dict[tuple[Any, ...], "Plan"] = {}
 
 
 class Plan:
-    """What all calls of one key share; `cut` is for what their launcher decides."""
+    """What all calls of one key share: what their launcher decided, and its launches."""
 
-    __slots__ = ("_device", "_launches", "cut")
+    __slots__ = ("_cut", "_device", "_launches")
 
     def __init__(self, device: int, *, kept: bool) -> None:
-        self.cut: Any = None
+        self._cut: Any = None
         self._device = device
         self._launches: dict[Any, Callable[[Sequence[int]], None]] | None = {} if kept else None
+
+    def decide(self, make: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """What `make` returns, asked once."""
+        if self._cut is None:
+            self._cut = make(*args, **more)
+        return self._cut
 
     def start(self, kernel: Any, tensors: tuple[torch.Tensor, ...], variant: Any = None) -> Any:
         """Launch as before, with these tensors.

@@ -281,7 +281,7 @@ def swapped_in(right, wrong):
     functions = {
         id(f): getattr(wrong, name)
         for name, f in vars(right).items()
-        if callable(f) and getattr(f, "__module__", None) == right.__name__
+        if callable(f) and getattr(getattr(f, "fn", f), "__module__", None) == right.__name__
     }
     taken = []
     for name, module in list(sys.modules.items()):
