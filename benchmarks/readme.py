@@ -14,10 +14,10 @@ from typing import Any
 
 from benchmarks import cpu_tables
 from benchmarks.cpu_tables import from_json, from_suite, weights
-from benchmarks.environment import RESULTS
 from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
-from sparsekern.planning.roofline import H200, Device, Problem, Roofline, device_named
+from benchmarks.result_files import RESULTS
+from sparsekern.cost.roofline import H200, Device, Problem, Roofline, device_named
 
 README = Path(__file__).parent.parent / "README.md"
 GPU_BLOCKS = (128, 64, 32, 16, 1)

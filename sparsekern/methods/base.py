@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparsekern.carry.optimizer_state import check_followable, check_holds
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.methods import ranks
 from sparsekern.methods.budget import Budget, check_exact, same
-from sparsekern.methods.carry import check_followable, check_holds
 from sparsekern.methods.change import Decision, UpdateRecord, change
 from sparsekern.methods.loop import Loop
 from sparsekern.methods.schedule import UpdateSchedule

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.methods.carry import state_tensors
+from sparsekern.carry.optimizer_state import state_tensors
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.ranges import ranged
