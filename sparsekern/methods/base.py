@@ -62,7 +62,7 @@ class Method(Loop):
     source: ClassVar[type[Source]] = Source
     """What growth looks at; the method's own is `self.growth`."""
     budget: ClassVar[Budget] = same
-    """How many grow in each layer, a function of `methods.budget`."""
+    """How many grow in each layer: a function, called without `self`, of `methods.budget`."""
     default_step_on_update: ClassVar[bool] = False
 
     def __init__(
