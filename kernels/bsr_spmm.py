@@ -254,6 +254,9 @@ def bsr_spmm_t(
     return _launch(dy, values, _Side(ccol, row, perm, order), None, n_out, False)
 
 
+_Given = tuple[torch.Tensor, torch.Tensor, _Side, torch.Tensor | None, torch.Tensor, bool]
+
+
 class _Cut(NamedTuple):
     """How a product is cut, and the options of its kernel."""
 
@@ -276,8 +279,9 @@ def _launch(
     if y.numel() == 0:
         return in_dtype(y, x.dtype)
     values = values.contiguous()
-    plan = plans.find(_bsr_spmm_kernel, x, _key(x, values, side, bias, y, relu))
-    cut: _Cut = plan.decide(_cut, x, values, side, bias, y, relu)
+    given = x, values, side, bias, y, relu
+    plan = plans.find(_bsr_spmm_kernel, x, _key(given))
+    cut: _Cut = plan.decide(_cut, given)
     if cut.ring_kb is not None:
         return _launch_resident(x, values, side, bias, n_out, cut.ring_kb)
     start, inner, perm, order = side
@@ -291,40 +295,18 @@ def _launch(
     return in_dtype(y, x.dtype)
 
 
-def _key(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    side: _Side,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    relu: bool,
-) -> tuple[Any, ...]:
+def _key(given: _Given) -> tuple[Any, ...]:
     """All that a product's launch depends on."""
-    return (
-        "bsr_spmm",
-        x.shape,
-        x.stride(),
-        x.dtype,
-        values.shape,
-        values.dtype,
-        y.shape,
-        side.start.numel(),
-        side.perm is None,
-        None if bias is None else (bias.stride(0), bias.dtype),
-        relu,
-        input_precision(x.dtype),
-        (x.data_ptr() | values.data_ptr() | y.data_ptr()) % 16 == 0,
-    )
+    x, values, side, bias, y, relu = given
+    held = values.shape, values.dtype, y.shape, side.start.numel(), side.perm is None
+    added = None if bias is None else (bias.stride(0), bias.dtype)
+    aligned = (x.data_ptr() | values.data_ptr() | y.data_ptr()) % 16 == 0
+    how = added, relu, input_precision(x.dtype), aligned
+    return "bsr_spmm", x.shape, x.stride(), x.dtype, *held, *how
 
 
-def _cut(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    side: _Side,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    relu: bool,
-) -> _Cut:
+def _cut(given: _Given) -> _Cut:
+    x, values, side, bias, y, relu = given
     (nnzb, bh, bw), R = values.shape, side.start.numel() - 1
     op, reduce, out = ("spmm", bw, bh) if side.perm is None else ("spmm_t", bh, bw)
     tile, tma = find(

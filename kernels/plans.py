@@ -28,7 +28,12 @@ __all__ = ["LIMIT", "Plan", "clear", "find"]
 LIMIT = 1024  # plans held; then all are dropped, and those in use are made anew
 
 # 3.6 builds a C function for each signature; later ones share one that is told the signature
-_RELEASES = {(3, 6): "built", (3, 7): "shared", (3, 8): "shared", (3, 9): "shared"}
+_RELEASES: dict[tuple[int, ...], str] = {
+    (3, 6): "built",
+    (3, 7): "shared",
+    (3, 8): "shared",
+    (3, 9): "shared",
+}
 _KNOWN = _RELEASES.get(tuple(map(int, triton.__version__.split(".")[:2])))
 _DRIVER = "triton.backends.nvidia.driver"
 

@@ -121,7 +121,7 @@ def by_images(
     for n in range(0, len(a), step):
         some, there = (a, out) if step >= len(a) else (a[n : n + step], out[n : n + step])
         made = there if direct else torch.empty_like(there, memory_format=layout.memory_format)
-        with torch.cuda.device_of(a):
+        with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
             launch(layout.copied(some), made)
         if not direct:
             there.copy_(made)
