@@ -143,7 +143,11 @@ def block_options(
     return {
         "IN": edges[0],
         "OUT": edges[1],
-        **tile._asdict(),
+        "BM": tile.BM,
+        "BK": tile.BK,
+        "GROUP": tile.GROUP,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
         "PRECISION": launch.input_precision(a.dtype),
         "INTERPRET": interpreted,
         "enable_fp_fusion": True,

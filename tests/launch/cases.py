@@ -97,7 +97,8 @@ def square(edge):
 
 
 LINEAR = (
-    *(Linear(square(e), layout=name) for e in (64, 16) for name in LAYOUTS),
+    *(Linear(square(64), layout=name) for name in LAYOUTS),
+    *(Linear(square(16), layout=name) for name in ("row", "column", "shifted", "strided")),
     *(Linear(square(e)) for e in (32, 128)),
     *(Linear(block, M=70) for block in ((64, 32), (16, 128))),
     *(Linear(square(e), dtype) for e in (64, 16) for dtype in (FP16, FP32)),
@@ -143,12 +144,16 @@ def linear_calls(case):
     out = torch.zeros(t.values_shape)
     calls = {
         "spmm": Call(lambda: backend.spmm(x, values, t, bias), (x, values, bias, *held)),
-        "spmm-relu": Call(lambda: backend.spmm(x, values, t, None, relu=True), (x, values, *held)),
         "spmm_t": Call(lambda: backend.spmm_t(dy, values, t), (dy, values, *held)),
         "sddmm": Call(lambda: backend.sddmm(dy, x, t), (dy, x, *held)),
         "sddmm-add": Call(lambda: backend.sddmm(dy, x, t, out=out), (dy, x, out, *held)),
     }
-    if case.block != (1, 1) and case.nnzb is None:
+    if case.layout == "row":
+        relu = {"relu": True}
+        calls["spmm-relu"] = Call(
+            lambda: backend.spmm(x, values, t, None, **relu), (x, values, *held)
+        )
+    if case.block in ((64, 64), (16, 16)) and case.nnzb is None:
         calls["grow"] = Call(lambda: bsr_grow(dy, x, case.block), (dy, x))
     return calls
 
