@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsekern.errors import ConfigError, ShapeError
 from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import flops, library
+from sparsekern.ops import flops, library, threads
 from sparsekern.ops.checks import (
     check_bias,
     check_device,
@@ -51,6 +51,7 @@ __all__ = [
     "sddmm",
     "spmm",
     "spmm_t",
+    "threads",  # imported with the package: it must see every fork
 ]
 
 
