@@ -1,4 +1,4 @@
-"""Tasks on torch's threads: every one ends or something is raised, also across signals and forks."""
+"""Tasks on torch's threads: each ends or something is raised, also across signals and forks."""
 
 import os
 import signal
@@ -90,7 +90,7 @@ def test_runs_inside_a_task_and_from_several_threads():
     assert counts == [1] * 4
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -99,15 +99,15 @@ def test_what_is_raised_before_the_first_line_of_a_share_is_not_lost(kind):
     if kind == "pool":
         pytest.skip("no callback")
 
-    def on_call(frame, event, arg):
+    def on_call(frame, event, _):
         if event == "call" and frame.f_code.co_name == "_share":
             sys.setprofile(None)
-            raise Stop
+            raise StopError
 
     hook = sys.unraisablehook
     sys.setprofile(on_call)
     try:
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             threads.run([int, int])
     finally:
         sys.setprofile(None)
@@ -201,7 +201,7 @@ def work():
         while not stop.is_set(): layer(x)
 busy = threading.Thread(target=work); busy.start()
 status = []
-for _ in range(20):
+for _ in range(5):
     pid = os.fork()
     if not pid:
         faulthandler.dump_traceback_later(40, exit=True)

@@ -117,10 +117,12 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
-@_REGION
 def _share(job: _Job) -> None:
-    """What each thread of a team does. One callback for all: making one costs 10 us."""
+    """What each thread of a team does."""
     job.work()
+
+
+_SHARE = _REGION(_share)  # one for all calls: making one costs 10 us
 
 
 def _run_region(library: Any, job: _Job, threads: int) -> None:
@@ -131,7 +133,7 @@ def _run_region(library: Any, job: _Job, threads: int) -> None:
     """
     own = threading.get_ident()
     if own != threading.main_thread().ident:
-        library.GOMP_parallel(_share, job, threads, 0)
+        library.GOMP_parallel(_SHARE, job, threads, 0)
         return
     hook = sys.unraisablehook
 
@@ -144,7 +146,7 @@ def _run_region(library: Any, job: _Job, threads: int) -> None:
 
     sys.unraisablehook = keep
     try:
-        library.GOMP_parallel(_share, job, threads, 0)
+        library.GOMP_parallel(_SHARE, job, threads, 0)
     finally:
         sys.unraisablehook = hook
 
