@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsekern.errors import IncompleteError
-from sparsekern.ops import threads
+from sparsekern.ops.cpu import threads
 
 ROOT = Path(__file__).resolve().parent.parent
 PREAMBLE = """
@@ -216,12 +216,12 @@ print(set(status))
 @needs_fork
 def test_a_child_of_an_unclean_fork_takes_python_threads():
     code = """
-fork = sk.ops.threads._Fork
+fork = sk.ops.cpu.threads._Fork
 fork.clean = False
 fork.in_child()
-assert sk.ops.threads._Pool.forked
+assert sk.ops.cpu.threads._Pool.forked
 with torch.no_grad(): layer(x)
-assert sk.ops.threads._Pool.executor is not None
+assert sk.ops.cpu.threads._Pool.executor is not None
 print("pool")
 """
     assert run_python(code) == ["pool"]

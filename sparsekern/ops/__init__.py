@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, ShapeError
-from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import flops, library, threads
+from sparsekern.ops import flops, library
 from sparsekern.ops.checks import (
     check_bias,
     check_device,
@@ -25,6 +24,7 @@ from sparsekern.ops.checks import (
 )
 from sparsekern.ops.conv import conv2d, conv2d_dgrad, conv2d_grow_scores, conv2d_wgrad
 from sparsekern.ops.dispatch import BACKENDS, resolve
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.grow import (
     NORMS,
     GrowScores,
@@ -51,7 +51,6 @@ __all__ = [
     "sddmm",
     "spmm",
     "spmm_t",
-    "threads",  # imported with the package: it must see every fork
 ]
 
 
