@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsekern import ops
 from sparsekern.errors import DtypeError, ShapeError, TopologyError
 from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
-from sparsekern.nn.view import WeightView
+from sparsekern.nn.view import WeightView, refuse_assignment
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
 from sparsekern.ops.dispatch import check_impl, resolve
@@ -87,8 +87,13 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> WeightView:
-        """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`."""
+        """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`; see `WeightView`."""
         return WeightView(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            refuse_assignment(name)
+        super().__setattr__(name, value)
 
     @property
     def nnz(self) -> int:
