@@ -153,6 +153,7 @@ def _counting(model: nn.Module) -> Iterator[None]:
         if any(hasattr(m, "_orig_mod") for m in model.modules()):  # compiled: run as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # recurrent layers and attention as products
         stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent))
@@ -199,7 +200,7 @@ def _note_arrival(output: Any, reached: list[bool], i: int) -> None:
 def _loss(model: nn.Module, output: Any) -> Tensor:
     """The sum of all outputs; of a model with nothing to train, a number that needs no products."""
     if not any(p.requires_grad for p in model.parameters()):
-        return torch.zeros((), requires_grad=True)
+        return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
     return total(vars(output) if dataclasses.is_dataclass(output) else output)
 
 

@@ -132,7 +132,7 @@ def measured_too(
     home = _check(model, example_inputs, optimizer)
     random = torch.random.fork_rng([home] if home.type == "cuda" else [])
     try:
-        with torch.enable_grad(), random:
+        with torch.inference_mode(False), torch.enable_grad(), random:
             twin = copied(model, example_inputs, optimizer)
             found = measured(twin, _checked(loss), home, seconds)
     except Exception as error:  # whatever a model raises, the prediction stands

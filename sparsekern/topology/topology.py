@@ -350,7 +350,12 @@ class Topology:
             )
         if self.block == (1, 1):
             return torch.sparse_csr_tensor(
-                self.crow, self.col, values.flatten(), self.shape, check_invariants=True
+                self.crow,
+                self.col,
+                values.flatten(),
+                self.shape,
+                device=self.device,
+                check_invariants=True,
             )
         if self.grid.ragged:
             raise ShapeError(
@@ -358,7 +363,7 @@ class Topology:
                 f"got {self.grid.part}"
             )
         return torch.sparse_bsr_tensor(
-            self.crow, self.col, values, self.shape, check_invariants=True
+            self.crow, self.col, values, self.shape, device=self.device, check_invariants=True
         )
 
     # ---- comparison and checking
