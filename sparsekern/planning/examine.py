@@ -153,7 +153,6 @@ def _counting(model: nn.Module) -> Iterator[None]:
         if any(hasattr(m, "_orig_mod") for m in model.modules()):  # compiled: run as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluating(model))
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # recurrent layers and attention as products
         stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent))

@@ -58,7 +58,7 @@ def predicted(
         OptimizerError: the optimizer can't take a step by itself.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.inference_mode(False), torch.enable_grad(), assuming(device):
+    with torch.enable_grad(), assuming(device):
         try:
             with mode:
                 return _step_of(model, weightless(model, examples, optimizer, mode), loss)

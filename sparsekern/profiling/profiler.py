@@ -35,6 +35,7 @@ UPDATE_FREQ = 100
 SECONDS = 1.0
 
 
+@torch.inference_mode(False)  # it takes training steps, whatever surrounds it
 def profile(
     model: nn.Module,
     example_inputs: Examples,
@@ -132,7 +133,7 @@ def measured_too(
     home = _check(model, example_inputs, optimizer)
     random = torch.random.fork_rng([home] if home.type == "cuda" else [])
     try:
-        with torch.inference_mode(False), torch.enable_grad(), random:
+        with torch.enable_grad(), random:
             twin = copied(model, example_inputs, optimizer)
             found = measured(twin, _checked(loss), home, seconds)
     except Exception as error:  # whatever a model raises, the prediction stands
