@@ -14,6 +14,7 @@ from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
 from sparsekern.nn.view import WeightView, refuse_assignment
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
+from sparsekern.ops.cpu import choice
 from sparsekern.ops.dispatch import check_impl, resolve
 from sparsekern.topology import ARRAY_NAMES, Topology
 
@@ -280,7 +281,10 @@ class SparseLayer(nn.Module):
 
     def _repr_facts(self) -> str:
         block = self.block[0] if self.block[0] == self.block[1] else self.block
-        impl = self.impl or f"{self.resolved_impl} (auto)"
+        runs = self.resolved_impl
+        impl = self.impl or f"{runs} (auto)"
+        if runs == "cpu":
+            impl += f", path={choice.described(min(self.block))}"
         held = self._held()
         if self._blank or (self.col.is_meta and held.grid.ragged):  # how many, not where
             return f"block={block}, active_blocks={held.nnzb}, impl={impl}"

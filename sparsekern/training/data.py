@@ -18,7 +18,7 @@ from sparsekern.training.idx import read_idx
 DATASETS = ("digits", "fashion-mnist", "text")
 """Names that `load` knows."""
 
-DEMO_EXTRA = 'pip install "sparsekern[demo]"'
+DEMO_EXTRA = 'pip install "sparsekern[cpu,demo]"'
 CLASSES = 10
 BYTES = 256
 """Tokens that a text can hold."""
