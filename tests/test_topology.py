@@ -311,3 +311,12 @@ def test_more_blocks_than_int32_counts_are_refused_before_they_are_drawn(make):
 def test_the_layer_with_too_many_blocks_is_named():
     with pytest.raises(TopologyError, match="layer '1': at most"):
         TOO_MANY["sparsify_"]()
+
+
+def test_a_clone_does_not_change_with_the_layer():
+    layer = sk.SparseLinear(16, 16, sparsity=0.5)
+    shared, kept, before = layer.topology, layer.topology.clone(), layer.topology.positions()
+    other = Topology.random((16, 16), nnzb=shared.nnzb)
+    layer.rewire_(other, torch.full((other.nnzb,), -1), [layer.values])
+    assert shared == layer.topology == other
+    assert torch.equal(kept.validate().positions(), before)

@@ -99,12 +99,12 @@ def passes(name):
     return found | {f"dense {key}": a for key, a in layer.to_dense().state_dict().items()}
 
 
-def trained(method, block):
+def trained(method, block, **settings):
     """Four steps, updates among them; gradients need grad mode, whatever surrounds them."""
     with torch.inference_mode(False), torch.enable_grad():
         net = sk.sparsify_(model(), 0.7, block=block, generator=generator())
         optimizer = torch.optim.AdamW(net.parameters(), foreach=False)
-        updates = method(net, optimizer, t_end=10, update_freq=1)
+        updates = method(net, optimizer, t_end=10, update_freq=1, **settings)
         for _ in range(4):
             net(numbers(8, 20)).square().sum().backward()
             optimizer.step()
@@ -156,7 +156,7 @@ PROBES = {
     **{f"layer {name}": lambda name=name: passes(name) for name in LAYERS},
     "RigL": lambda: trained(sk.RigL, 1),
     "RigL, blocks": lambda: trained(sk.RigL, 4),
-    "SET": lambda: trained(sk.SET, 2),
+    "SET": lambda: trained(sk.SET, 2, grow_init="init"),
     "sparsify_ and densify_": changed,
     "topologies": topologies,
     "profile and plan": accounts,

@@ -79,7 +79,11 @@ def test_an_assignment_to_the_layer_raises(layer, make):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("weight_ih_l0", "ih_l0.values"), ("weight_hh_l0", "hh_l0"), ("bias_ih_l0", "ih_l0.bias")],
+    [
+        ("weight_ih_l0", "ih_l0.values"),
+        ("weight_hh_l0", "hh_l0.values"),
+        ("bias_ih_l0", "ih_l0.bias"),
+    ],
 )
 def test_an_assignment_to_a_recurrent_layer_raises(name, place):
     layer = sk.SparseGRU(4, 6, sparsity=0.5)

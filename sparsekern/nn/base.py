@@ -67,7 +67,7 @@ class SparseLayer(nn.Module):
 
     @property
     def topology(self) -> Topology:
-        """The current connections; shares memory with the buffers.
+        """The current connections, in the buffers' memory: an update changes them; `clone` keeps.
 
         Raises:
             TopologyError: they are not known, as after `to_empty` of a layer on the meta device.

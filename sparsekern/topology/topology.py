@@ -295,6 +295,10 @@ class Topology:
         """The same topology with its arrays on `device`."""
         return self.with_arrays([array.to(device) for array in self.arrays])
 
+    def clone(self) -> Topology:
+        """The same topology in memory of its own; a layer's changes with the layer."""
+        return self.with_arrays([array.clone() for array in self.arrays])
+
     def with_arrays(self, arrays: Sequence[Tensor]) -> Topology:
         """The same matrix, cut alike, with other connections; unchecked, see `validate`."""
         named: dict[str, Any] = dict(zip(ARRAY_NAMES, arrays, strict=True))

@@ -97,10 +97,11 @@ class SparseRecurrent(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith(("weight_", "bias_")):
             kind, _, matrix = name.partition("_")
+            sparse = isinstance(getattr(self, matrix, None), SparseLinear)
+            place = "bias" if kind == "bias" else "values" if sparse else "weight"
             raise WeightError(
-                f"`{name}` can't be assigned to: the module holds it as `{matrix}`, write to "
-                f"`{matrix}.{'bias' if kind == 'bias' else 'values'}`; a dense layer is taken over "
-                "by `from_dense`"
+                f"`{name}` can't be assigned to: write to `{matrix}.{place}`; a dense layer is "
+                "taken over by `from_dense`"
             )
         super().__setattr__(name, value)
 
