@@ -199,7 +199,7 @@ def _note_arrival(output: Any, reached: list[bool], i: int) -> None:
 def _loss(model: nn.Module, output: Any) -> Tensor:
     """The sum of all outputs; of a model with nothing to train, a number that needs no products."""
     if not any(p.requires_grad for p in model.parameters()):
-        return torch.zeros((), requires_grad=True)
+        return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
     return total(vars(output) if dataclasses.is_dataclass(output) else output)
 
 

@@ -44,6 +44,7 @@ class PlanInterrupted(KeyboardInterrupt):
         self.plan = plan
 
 
+@torch.inference_mode(False)  # it takes training steps, whatever surrounds it
 def plan(
     model: nn.Module,
     example_inputs: Examples,

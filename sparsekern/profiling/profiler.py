@@ -35,6 +35,7 @@ UPDATE_FREQ = 100
 SECONDS = 1.0
 
 
+@torch.inference_mode(False)  # it takes training steps, whatever surrounds it
 def profile(
     model: nn.Module,
     example_inputs: Examples,
