@@ -14,8 +14,9 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.cost import cpu_rates
 from sparsekern.cost.held import held_bytes
-from sparsekern.cost.predict import CudaTimes, _covered, predictor
+from sparsekern.cost.predict import CudaTimes, predictor
 from sparsekern.errors import ConfigError, DtypeError, ModelError
+from sparsekern.ops.crossover import covers
 from sparsekern.planning.examine import examine
 from sparsekern.planning.share import LEAST_SHARE
 
@@ -343,7 +344,7 @@ def test_the_blocks_of_gpu_predictions_are_those_of_the_kernels(block):
     pytest.importorskip("triton")
     from sparsekern.kernels.launch import supported
 
-    assert _covered(block) == supported(block)
+    assert covers(block) == supported(block)
 
 
 def test_gpu_predictions_of_convolutions_and_recurrent_layers():

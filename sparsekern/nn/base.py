@@ -14,7 +14,7 @@ from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
 from sparsekern.nn.view import WeightView
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
-from sparsekern.ops.dispatch import check_impl, resolve
+from sparsekern.ops.dispatch import Assumed, check_impl, resolve
 from sparsekern.topology import ARRAY_NAMES, Topology
 
 L = TypeVar("L", bound=nn.Module)
@@ -49,7 +49,7 @@ class SparseLayer(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise DtypeError(f"`dtype` must be a floating point type; got {dtype}")
-        self.impl = impl
+        self.impl: str | Assumed | None = impl
         self.matrix_shape = topology.shape
         self.block = topology.block
         self._cut = topology.groups, topology.taps
@@ -108,10 +108,14 @@ class SparseLayer(nn.Module):
     @property
     def resolved_impl(self) -> str:
         """The implementation that a forward pass would use now."""
+        return self.impl_on(self.values.device)
+
+    def impl_on(self, device: torch.device) -> str:
+        """The implementation that a forward pass on `device` would use."""
         if self.impl == "masked":
             return "masked"
-        like, density = self.values, self._held().block_density
-        return resolve(self.impl, like.device, like.dtype, self.block, density)
+        density = self._held().block_density
+        return resolve(self.impl, device, self.values.dtype, self.block, density)
 
     def mask(self) -> Tensor:
         """Dense bool mask of the active weights, of the shape of `weight`."""

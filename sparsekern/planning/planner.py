@@ -70,8 +70,8 @@ def plan(
     model never calls on the examples, or that no block fits, stay dense and out of account.
 
     Times are for the dtype of the weights, without autocast. They are predicted: on a CPU from a
-    table of measured rates (`planning.cpu_rates`), on a GPU from bounds that physics sets
-    (`planning.roofline`) and from what the kernels take on (`ops.crossover`). `measure=True` times
+    table of measured rates (`cost.cpu_rates`), on a GPU from bounds that physics sets
+    (`cost.roofline`) and from what the kernels take on (`ops.crossover`). `measure=True` times
     the layers on this machine instead, dense and sparse in turns; what layers have in common is
     measured once.
 

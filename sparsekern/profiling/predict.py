@@ -21,7 +21,8 @@ from sparsekern.cost.memory import Lifetimes
 from sparsekern.cost.step import Loss, clear, forward
 from sparsekern.cost.twin import Twin, copied, weightless
 from sparsekern.errors import ModelError, OptimizerError
-from sparsekern.ops.dispatch import assuming
+from sparsekern.nn import SparseLayer
+from sparsekern.ops.dispatch import Assumed
 from sparsekern.profiling.rows import Trained, layers_of
 
 
@@ -58,10 +59,11 @@ def predicted(
         OptimizerError: the optimizer can't take a step by itself.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.enable_grad(), assuming(device):
+    with torch.enable_grad():
         try:
             with mode:
-                return _step_of(model, weightless(model, examples, optimizer, mode), loss)
+                twin = weightless(model, examples, optimizer, mode)
+                return _step_of(model, twin, loss, device)
         except (*_ASKED, ModelError) as error:
             asked = error if isinstance(error, _ASKED) else error.__cause__
             if not isinstance(asked, _ASKED):
@@ -72,7 +74,7 @@ def predicted(
                     f"of its tensors; {error}"
                 ) from error
         with torch.random.fork_rng(_cuda(model)):
-            found = _step_of(model, copied(model, examples, optimizer), loss)
+            found = _step_of(model, copied(model, examples, optimizer), loss, device)
         return found._replace(by_running=True)
 
 
@@ -84,8 +86,11 @@ def _cuda(model: nn.Module) -> list[torch.device]:
     return list({p.device for p in model.parameters() if p.is_cuda})
 
 
-def _step_of(model: nn.Module, twin: Twin, loss: Loss) -> Prediction:
+def _step_of(model: nn.Module, twin: Twin, loss: Loss, device: torch.device) -> Prediction:
     twin.model.train()
+    for layer in twin.model.modules():
+        if isinstance(layer, SparseLayer) and layer.impl != "masked":
+            layer.impl = Assumed(layer.impl, device)
     count = _counted(twin, loss)
     pairs = list(zip(model.parameters(), twin.model.parameters(), strict=True))
     gradients = frozenset(id(parameter) for parameter, own in pairs if own.grad is not None)
