@@ -16,7 +16,7 @@ from benchmarks.result_files import RESULTS
 from benchmarks.suite import bench_conv2d, bench_linear, bench_recurrent
 
 CPU = RESULTS / "cpu"
-SUITE, END_TO_END = CPU / "suite.json", CPU / "end_to_end.json"
+SUITE = CPU / "suite.json"
 UNMEASURED = "not yet measured"
 
 CONVOLUTIONS = {

@@ -37,7 +37,10 @@ from benchmarks.result_files import RESULTS
 from benchmarks.suite.convert import unwritable
 from sparsekern.cost.held import held_bytes
 from sparsekern.cost.memory import peak_bytes
+from sparsekern.cost.timing import turns
+from sparsekern.errors import told
 from sparsekern.show.environment import environment
+from sparsekern.show.output_files import write_whole
 from sparsekern.show.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training.data import Dataset
@@ -107,11 +110,9 @@ def epochs(network: Network, found: Dataset) -> int:
 def train(network: Network, found: Dataset, progress: Progress) -> dict[str, Course]:
     """All variants in turns; the first round warms up and is not counted."""
     courses = {variant: course(variant, network, found) for variant in VARIANTS}
-    names, steps = list(VARIANTS), total_steps(courses["dense"].trainer.config, found)
-    for i in range(min(network.steps, steps)):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            courses[name].round()
+    steps = total_steps(courses["dense"].trainer.config, found)
+    for i, name in turns(VARIANTS, min(network.steps, steps)):
+        courses[name].round()
         progress.step(i + 1)
     for one in courses.values():
         del one.times[:1], one.update_times[:1]
@@ -172,7 +173,7 @@ def _no_failure_of(name: str, rows: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = told(error)
         rows[name] = {"failed": why}
         sys.stdout.write(f"{name}: failed: {why}\n")
 
@@ -184,11 +185,9 @@ def measured_before(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, rows: dict[str, Any]) -> None:
-    """In one step: a reader finds the old file or the new one."""
+    """Write the networks that there are."""
     ordered = {name: rows[name] for name in NETWORKS if name in rows}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"networks": ordered}, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps({"networks": ordered}, indent=1) + "\n")
 
 
 def shortened(network: Network, steps: int | None) -> Network:

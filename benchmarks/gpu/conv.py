@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import DTYPES, Block, integers_like, poisoned, precision
-from benchmarks.gpu.correctness import Row, difference, short
+from benchmarks.gpu.correctness import Row
 from benchmarks.gpu.speed import Runs, with_three
-from benchmarks.gpu.timing import take_turns
 from sparsekern import Topology, ops
 from sparsekern.cost.roofline import OPERATIONS, Problem
+from sparsekern.errors import told
 from sparsekern.ops.geometry import ConvGeometry
+from sparsekern.tuning.trial import DTYPES, Block, difference, integers_like, poisoned, precision
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ def _rows(bench: Bench, case: Case, kind: str) -> Iterator[Row]:
         o = _operands(bench, case, kind)
         verdicts = _verdicts(bench, o)
     except Exception as error:  # reported, and the next case goes on
-        yield facts | {"operation": "three", "status": f"failed: {short(error)}", "ms": None}
+        yield facts | {"operation": "three", "status": f"failed: {told(error)[:300]}", "ms": None}
         return
     sparse, dense = o.sparse(), o.dense()
     for operation, verdict in verdicts.items():
         row = facts | {"operation": operation, "status": verdict, "ms": None, "ratio": None}
         if verdict == "ok":
             pair = {"sparse": sparse[operation], "dense": dense[operation]}
-            timing = take_turns(bench.clock, pair, bench.plan.rounds)
+            timing = bench.time(pair)
             ratios = timing.ratios("dense", "sparse")
             row |= {"ms": timing.ms("sparse"), "dense_ms": timing.ms("dense")}
             row |= {"ratio": statistics.median(ratios), "ratio_low": ratios[0]}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.cases import DTYPES, Block, Operands, Shape, precision
-from benchmarks.gpu.correctness import Row, products
-from benchmarks.gpu.timing import Run, Timing, take_turns
+from benchmarks.gpu.correctness import Row
 from sparsekern.cost.roofline import OPERATIONS
+from sparsekern.cost.timing import Run, Timing
+from sparsekern.tuning.trial import DTYPES, Block, Operands, Shape, precision, products
 
 Runs = dict[str, Run]
 
@@ -58,7 +58,7 @@ def dense(bench: Bench) -> Iterator[Row]:
     for shape, kind in cases:
         with precision(kind), torch.no_grad():
             runs = dense_runs(*_dense_operands(bench, shape, kind))
-            timing = take_turns(bench.clock, runs, bench.plan.rounds)
+            timing = bench.time(runs)
         for operation in runs:
             flops = 2 * shape.M * shape.K * shape.N * (3 if operation == "three" else 1)
             ms = timing.ms(operation)
@@ -101,7 +101,7 @@ def _case(
             timing = None
             if verdict == "ok":
                 pair = {"sparse": sparse[operation], "dense": cublas[operation]}
-                timing = take_turns(bench.clock, pair, bench.plan.rounds)
+                timing = bench.time(pair)
             row = _row(o, operation, verdict, timing) | {"impl": impl, "graph": False}
             if impl == "triton" and timing is not None:
                 row |= _against_ceiling(bench, o, operation, timing)
@@ -125,7 +125,7 @@ def _graph_case(bench: Bench, block: Block, density: float) -> list[Row]:
                     f"eager_{n}_ms": 1e3 * bench.clock.wall(r, repeats) for n, r in pair.items()
                 }
                 replays = {name: bench.clock.capture(run)[0] for name, run in pair.items()}
-                timing = take_turns(bench.clock, replays, bench.plan.rounds)
+                timing = bench.time(replays)
             row = _row(o, operation, verdict, timing) | {"impl": "triton", "graph": True}
             if timing is not None:
                 row |= _against_ceiling(bench, o, operation, timing) | eager

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import DTYPES, Block, Shape
 from benchmarks.gpu.correctness import Row
-from benchmarks.gpu.timing import take_turns
 from sparsekern import RigL, SparseLinear, Topology, ops
+from sparsekern.tuning.trial import DTYPES, Block, Shape
 
 DENSITY = 0.1
 KIND = "bf16"
@@ -115,7 +114,7 @@ def _pieces(bench: Bench, block: Block) -> Iterator[Row]:
         "dense dW": lambda: dense @ o.x,
     }
     with torch.no_grad():
-        timing = take_turns(bench.clock, runs, bench.plan.rounds)
+        timing = bench.time(runs)
     ceiling = bench.ceiling("grow", o.problem)
     for what in runs:
         verdict = bench.gate.kernel(what, block, KIND) if what == "grow_scores" else "ok"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparsekern.errors import ModelError
+from sparsekern.errors import ModelError, told
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """One tensor, positional arguments, or keyword arguments of a model's forward."""
@@ -57,8 +57,7 @@ def run(model: nn.Module, examples: Examples) -> Any:
             where = f"its layer {names[module]!r} " if names[module] else ""
             raise ModelError(
                 f"`model` fails on the example inputs: {where}({type(module).__name__}) got "
-                f"{described(inputs)} and raised {type(error).__name__}: "
-                f"{' '.join(str(error).split())}"
+                f"{described(inputs)} and raised {told(error)}"
             ) from error
 
 

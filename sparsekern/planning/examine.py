@@ -21,7 +21,7 @@ from sparsekern.cost.modes import evaluating
 from sparsekern.cost.step import total
 from sparsekern.cost.twin import copied
 from sparsekern.cost.uses import Use, argument
-from sparsekern.errors import ConfigError, DtypeError, ModelError
+from sparsekern.errors import ConfigError, DtypeError, ModelError, told
 from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, weights_of
 from sparsekern.swap import Pattern, Target, candidates
 
@@ -111,7 +111,7 @@ def _explaining(
         except Exception as error:
             raise ConfigError(
                 f"`filter_fn` must tell of each layer whether it takes part; of {name!r} it raised "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
+                f"{told(error)}"
             ) from error
 
     return explained
@@ -167,8 +167,7 @@ def _count(counter: StepCounter, forward: Callable[[], Tensor]) -> None:
         raise
     except Exception as error:
         raise ModelError(
-            "`model` fails on the example inputs in its backward pass: it raised "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"`model` fails on the example inputs in its backward pass: it raised {told(error)}"
         ) from error
 
 

@@ -20,7 +20,7 @@ from sparsekern.cost.flops import StepCount, StepCounter
 from sparsekern.cost.memory import Lifetimes
 from sparsekern.cost.step import Loss, clear, forward
 from sparsekern.cost.twin import Twin, copied, weightless
-from sparsekern.errors import ModelError, OptimizerError
+from sparsekern.errors import ModelError, OptimizerError, told
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.dispatch import Assumed
 from sparsekern.profiling.rows import Trained, layers_of
@@ -144,5 +144,5 @@ def _optimizer_explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     except Exception as error:
         raise OptimizerError(
             f"`optimizer` {type(optimizer).__name__} must take a step by itself, without a "
-            f"closure; it raised {type(error).__name__}: {' '.join(str(error).split())}"
+            f"closure; it raised {told(error)}"
         ) from error

@@ -15,13 +15,7 @@ from sparsekern.cost.step import Loss, total
 from sparsekern.cost.twin import copied
 from sparsekern.cost.watch import tensors
 from sparsekern.devices import as_device
-from sparsekern.errors import (
-    ConfigError,
-    DeviceError,
-    DtypeError,
-    ModelError,
-    OptimizerError,
-)
+from sparsekern.errors import ConfigError, DeviceError, DtypeError, ModelError, OptimizerError, told
 from sparsekern.methods import Method
 from sparsekern.profiling.measure import measured
 from sparsekern.profiling.predict import Prediction, predicted
@@ -135,7 +129,7 @@ def measured_too(
             twin = copied(model, example_inputs, optimizer)
             found = measured(twin, _checked(loss), home, seconds)
     except Exception as error:  # whatever a model raises, the prediction stands
-        return replace(report, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return replace(report, failure=told(error))
     return replace(report, measured=found)
 
 
