@@ -194,7 +194,7 @@ def test_cases_outlive_the_workers_that_die_of_them():
     begin = time.monotonic()
     found = list(supervised([sys.executable, "-c", WORKER], range(6), 3.0, begin + 60))
     assert [row.get("n") for row in found] == [0, None, 2, None, 4, 5]
-    assert found[1]["status"] == "failed: exit 9: died of it"
+    assert found[1]["status"] == "failed: the process ended with code 9: died of it"
     assert found[3]["status"] == "failed: no answer after 3 s"
     assert time.monotonic() - begin < 30
 
@@ -202,7 +202,7 @@ def test_cases_outlive_the_workers_that_die_of_them():
         supervised([sys.executable, "-c", "raise SystemExit(4)"], range(5), 3.0, begin + 60)
     )
     assert [row["status"] for row in found] == [
-        *["failed: exit 4: "] * 4,
+        *["failed: the process ended with code 4: nothing on stderr"] * 4,
         "not run: 4 processes died before it",
     ]
     found = list(supervised([sys.executable, "-c", WORKER], [0, 3], 30.0, time.monotonic() + 2))
