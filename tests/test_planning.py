@@ -221,7 +221,7 @@ def test_calls_and_shapes_of_every_kind_of_layer():
     assert [(u.tokens, u.steps) for u in uses["cell"]] == [(4, 1)]
     assert uses["unused"] == ()
     assert [u.states for u in uses["gru"]] == [4 * 20]  # the first state is no result
-    own = sum(u.step_flops(p, p.size) for la in found.layers for u in la.uses for p in la.parts)
+    own = sum(p.step_flops(u, p.size) for la in found.layers for u in la.uses for p in la.parts)
     depthwise = 6 * 4 * 5 * 5 * 64 * 9
     assert found.step_flops == own + depthwise
 

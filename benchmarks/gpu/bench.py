@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -90,6 +91,20 @@ class Bench:
                     found[operation] = "incorrect" if wrong else "ok"
         broken = [verdict for verdict in found.values() if verdict != "ok"]
         return found | {"three": broken[0] if broken else "ok"}
+
+    def against_dense(self, timing: Timing, operation: str, problem: Problem) -> Row:
+        """Times of "sparse" and "dense", and what the roofline model would allow, if it can say."""
+        ms, ratios = timing.ms("sparse"), timing.ratios("dense", "sparse")
+        flops = problem.flops * (len(OPERATIONS) if operation == "three" else 1)
+        row: Row = {"ms": ms, "dense_ms": timing.ms("dense"), "ratio": statistics.median(ratios)}
+        row |= {"ratio_low": ratios[0], "ratio_high": ratios[-1], "rounds": len(ratios)}
+        row["tflops"] = flops / ms / 1e9
+        ceiling = self.ceiling(operation, problem)
+        if ceiling is None:
+            return row
+        row |= {"ceiling_ms": 1e3 * ceiling.seconds, "ceiling_tflops": ceiling.tflops}
+        row |= {"ceiling_bound": ceiling.bound}
+        return row | {"percent_of_ceiling": 1e5 * ceiling.seconds / ms}
 
     def ceiling(self, operation: str, problem: Problem) -> Prediction | Total | None:
         """The model's least time, if it knows the device."""

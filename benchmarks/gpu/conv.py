@@ -6,7 +6,6 @@ gives the same bits: they are compared with a float64 convolution.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -155,15 +154,7 @@ def _rows(bench: Bench, case: Case, kind: str) -> Iterator[Row]:
         row = facts | {"operation": operation, "status": verdict, "ms": None, "ratio": None}
         if verdict == "ok":
             pair = {"sparse": sparse[operation], "dense": dense[operation]}
-            timing = bench.time(pair)
-            ratios = timing.ratios("dense", "sparse")
-            row |= {"ms": timing.ms("sparse"), "dense_ms": timing.ms("dense")}
-            row |= {"ratio": statistics.median(ratios), "ratio_low": ratios[0]}
-            row |= {"ratio_high": ratios[-1], "rounds": len(ratios)}
-            ceiling = bench.ceiling(operation, problem)
-            if ceiling is not None:
-                row |= {"ceiling_ms": 1e3 * ceiling.seconds, "ceiling_bound": ceiling.bound}
-                row |= {"percent_of_ceiling": 1e5 * ceiling.seconds / timing.ms("sparse")}
+            row |= bench.against_dense(bench.time(pair), operation, problem)
         yield row
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.bench import Bench, describe
 from benchmarks.gpu.correctness import Row
-from sparsekern.cost.roofline import OPERATIONS
 from sparsekern.cost.timing import Run, Timing
 from sparsekern.tuning.trial import DTYPES, Block, Operands, Shape, precision, products
 
@@ -102,10 +101,7 @@ def _case(
             if verdict == "ok":
                 pair = {"sparse": sparse[operation], "dense": cublas[operation]}
                 timing = bench.time(pair)
-            row = _row(o, operation, verdict, timing) | {"impl": impl, "graph": False}
-            if impl == "triton" and timing is not None:
-                row |= _against_ceiling(bench, o, operation, timing)
-            rows.append(row)
+            rows.append(_row(bench, o, operation, verdict, timing, impl=impl, graph=False))
     return rows
 
 
@@ -126,42 +122,22 @@ def _graph_case(bench: Bench, block: Block, density: float) -> list[Row]:
                 }
                 replays = {name: bench.clock.capture(run)[0] for name, run in pair.items()}
                 timing = bench.time(replays)
-            row = _row(o, operation, verdict, timing) | {"impl": "triton", "graph": True}
-            if timing is not None:
-                row |= _against_ceiling(bench, o, operation, timing) | eager
-            rows.append(row)
+            more = {"impl": "triton", "graph": True, **eager}
+            rows.append(_row(bench, o, operation, verdict, timing, **more))
     return rows
 
 
-def _row(o: Operands, operation: str, verdict: str, timing: Timing | None) -> Row:
+def _row(
+    bench: Bench, o: Operands, operation: str, verdict: str, timing: Timing | None, **more: Any
+) -> Row:
     """Without a timing there is no number at all."""
     row: Row = {"operation": operation} | describe(o) | {"status": verdict}
     if timing is None:
-        return row | {"ms": None, "dense_ms": None, "ratio": None}
-    flops = o.flops * (len(OPERATIONS) if operation == "three" else 1)
-    ms, ratios = timing.ms("sparse"), timing.ratios("dense", "sparse")
-    return row | {
-        "ms": ms,
-        "dense_ms": timing.ms("dense"),
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[0],
-        "ratio_high": ratios[-1],
-        "rounds": len(ratios),
-        "tflops": flops / ms / 1e9,
-    }
-
-
-def _against_ceiling(bench: Bench, o: Operands, operation: str, timing: Timing) -> Row:
-    """What the roofline model would allow; nothing on a device it does not know."""
-    ceiling = bench.ceiling(operation, o.problem)
-    if ceiling is None:
-        return {}
-    return {
-        "ceiling_ms": 1e3 * ceiling.seconds,
-        "ceiling_tflops": ceiling.tflops,
-        "ceiling_bound": ceiling.bound,
-        "percent_of_ceiling": 1e5 * ceiling.seconds / timing.ms("sparse"),
-    }
+        return row | {"ms": None, "dense_ms": None, "ratio": None} | more
+    found = bench.against_dense(timing, operation, o.problem)
+    if more["impl"] != "triton":  # the model is of the kernels
+        found = {name: value for name, value in found.items() if "ceiling" not in name}
+    return row | found | more
 
 
 def _dense_operands(bench: Bench, shape: Shape, kind: str) -> tuple[Tensor, Tensor, Tensor]:

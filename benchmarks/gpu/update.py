@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.correctness import Row
 from sparsekern import RigL, SparseLinear, Topology, ops
+from sparsekern.cost.timing import HostClock
 from sparsekern.tuning.trial import DTYPES, Block, Shape
 
 DENSITY = 0.1
@@ -43,18 +43,15 @@ class Training(NamedTuple):
     dy: Tensor
 
     def step(self) -> None:
-        """Forward, backward and optimizer step, until the device is done."""
+        """Forward, backward and optimizer step."""
         self.optimizer.zero_grad()
         self.layer(self.x).backward(self.dy)
         self.optimizer.step()
         self.x.grad = None
-        _synchronize(self.x.device)
 
     def seconds(self) -> float:
         """Of one step."""
-        begin = time.perf_counter()
-        self.step()
-        return time.perf_counter() - begin
+        return HostClock(self.x.device).once(self.step)
 
 
 def _training(bench: Bench, shape: Shape, block: Block | None) -> Training:
@@ -147,8 +144,3 @@ def _memory(bench: Bench, block: Block | None, verdict: str) -> Row:
     training.step()
     peak = torch.cuda.max_memory_allocated() - base - activations
     return row | {"held_mib": held / 2**20, "peak_mib": peak / 2**20}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

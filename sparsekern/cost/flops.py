@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
@@ -155,6 +157,17 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
         else:
             count.forward += executed
             count.forward_dense += dense
+
+
+@contextmanager
+def as_products(*, recurrent: bool = True) -> Iterator[None]:
+    """Attention as products, which have formulas; recurrent layers too, if there are any."""
+    with (
+        torch.backends.cudnn.flags(enabled=not recurrent),
+        torch.backends.mkldnn.flags(not recurrent, None, None, None),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield
 
 
 _IN_PLACE = {

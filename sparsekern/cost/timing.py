@@ -87,6 +87,11 @@ class CudaClock(HostClock):
         end.synchronize()
         return 1e-3 * float(start.elapsed_time(end))
 
+    def wall(self, run: Run, repeats: int = 1) -> float:
+        """Seconds per call, after one that warms up."""
+        run()
+        return super().wall(run, repeats)
+
     def capture(self, run: Run) -> tuple[Run, Any]:
         """A CUDA graph of `run`, as torch's notes on whole-network capture make it."""
         side = cuda.Stream()

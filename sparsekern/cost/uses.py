@@ -55,7 +55,8 @@ def use_of(module: nn.Module, call: Call) -> Use | None:
     steps = states = 0
     if isinstance(module, _CONVOLUTIONS):
         back = isinstance(module, _ConvTransposeNd)  # applies its weight to each pixel of the input
-        tokens = x.numel() // module.in_channels if back else _pixels(module, call)
+        channels, applied = (module.in_channels, x) if back else (module.out_channels, call.output)
+        tokens = applied.numel() // int(channels)
         numbers = x.numel() + call.output.numel()
     elif isinstance(module, nn.Linear | SparseLinear):
         tokens = x.numel() // x.shape[-1]
@@ -80,10 +81,6 @@ def argument(call: Call, position: int, name: str) -> Any:
     return call.kwargs.get(name)
 
 
-def _pixels(module: Any, call: Call) -> int:
-    return int(call.output.numel() // module.out_channels)
-
-
 def _features(module: nn.Module) -> int:
     """Inputs and outputs of all weights of a recurrent layer."""
     sparse = [m.matrix_shape for m in module.modules() if isinstance(m, SparseLayer)]
@@ -101,7 +98,8 @@ def _states(module: Any, given: Any, call: Call, tokens: int) -> int:
         return 0  # a cell
     if isinstance(given, PackedSequence):
         return tokens - int(given.batch_sizes[0])
-    return tokens - (int(given.shape[0 if module.batch_first else 1]) if given.dim() == 3 else 1)
+    batch = given.shape[0 if module.batch_first else 1] if given.dim() == 3 else 1
+    return tokens - int(batch)
 
 
 def _steps(module: Any, given: Any) -> int:
@@ -112,4 +110,4 @@ def _steps(module: Any, given: Any) -> int:
         length = len(given.batch_sizes)
     else:
         length = given.shape[1 if module.batch_first and given.dim() == 3 else 0]
-    return int(length) * module.num_layers * (2 if module.bidirectional else 1)
+    return int(length * module.num_layers * (2 if module.bidirectional else 1))

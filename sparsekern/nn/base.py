@@ -14,7 +14,7 @@ from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
 from sparsekern.nn.view import WeightView
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
-from sparsekern.ops.dispatch import Assumed, check_impl, resolve
+from sparsekern.ops.dispatch import check_impl, resolve
 from sparsekern.topology import ARRAY_NAMES, Topology
 
 L = TypeVar("L", bound=nn.Module)
@@ -49,7 +49,7 @@ class SparseLayer(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise DtypeError(f"`dtype` must be a floating point type; got {dtype}")
-        self.impl: str | Assumed | None = impl
+        self.impl = impl
         self.matrix_shape = topology.shape
         self.block = topology.block
         self._cut = topology.groups, topology.taps

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from sparsekern.cost.examples import Call, Examples, arguments, run
-from sparsekern.cost.flops import StepCounter
+from sparsekern.cost.flops import StepCounter, as_products
 from sparsekern.cost.layers import Layer, Model, Part
 from sparsekern.cost.modes import evaluating
 from sparsekern.cost.step import total
@@ -153,10 +152,7 @@ def _counting(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
-        # recurrent layers and attention as products
-        stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent))
-        stack.enter_context(torch.backends.mkldnn.flags(not recurrent, None, None, None))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(as_products(recurrent=recurrent))
         yield
 
 

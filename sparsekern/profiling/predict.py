@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsekern.cost.examples import Examples
-from sparsekern.cost.flops import StepCount, StepCounter
+from sparsekern.cost.flops import StepCount, StepCounter, as_products
 from sparsekern.cost.memory import Lifetimes
 from sparsekern.cost.step import Loss, clear, forward
 from sparsekern.cost.twin import Twin, copied, weightless
@@ -90,7 +89,8 @@ def _step_of(model: nn.Module, twin: Twin, loss: Loss, device: torch.device) -> 
     twin.model.train()
     for layer in twin.model.modules():
         if isinstance(layer, SparseLayer) and layer.impl != "masked":
-            layer.impl = Assumed(layer.impl, device)
+            assumed: Any = Assumed(layer.impl, device)
+            layer.impl = assumed
     count = _counted(twin, loss)
     pairs = list(zip(model.parameters(), twin.model.parameters(), strict=True))
     gradients = frozenset(id(parameter) for parameter, own in pairs if own.grad is not None)
@@ -104,12 +104,7 @@ def _step_of(model: nn.Module, twin: Twin, loss: Loss, device: torch.device) -> 
 def _counted(twin: Twin, loss: Loss) -> StepCount:
     held = {t.untyped_storage()._cdata for t in (*twin.model.parameters(), *twin.model.buffers())}
     counter = StepCounter(layers_of(twin.model), held)
-    # recurrent layers and attention as products that have a formula
-    with (
-        torch.backends.cudnn.flags(enabled=False),
-        torch.backends.mkldnn.flags(False, None, None, None),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
+    with as_products():
         return counter.step(lambda: forward(twin, loss))
 
 

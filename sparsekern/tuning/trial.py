@@ -101,7 +101,7 @@ class Operands:
         """The same shapes with small integers, whose sums are exact in any order."""
         own = self.x, self.dy, self.values
         x, dy, values = (integers_like(t, generator, highest) for t in own)
-        values = zero_padding(values, self.topology)
+        values = self.topology.clear_padding_(values)
         return Operands(self.topology, self.kind, self.asked, x, dy, values)
 
     def dense_weight(self) -> Tensor:
@@ -118,7 +118,7 @@ def operands(
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
-    values = zero_padding(normal(*topology.values_shape), topology)
+    values = topology.clear_padding_(normal(*topology.values_shape))
     return Operands(
         topology, kind, asked, normal(shape.M, shape.K), normal(shape.M, shape.N), values
     )
@@ -137,14 +137,6 @@ def integers_like(tensor: Tensor, generator: torch.Generator, highest: int = 3) 
     size, span = tensor.shape, (-highest, highest + 1)
     drawn = torch.randint(*span, size, generator=generator, device=tensor.device)
     return drawn.to(tensor.dtype)
-
-
-def zero_padding(values: Tensor, topology: Topology) -> Tensor:
-    """`values` with zeros wherever an edge block reaches beyond the matrix."""
-    (rows, cols), (bh, bw) = topology.shape, topology.block
-    if not (rows % bh or cols % bw):
-        return values
-    return topology.pack(topology.unpack(values))
 
 
 class Sum(NamedTuple):
