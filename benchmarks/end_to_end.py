@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.end_to_end_data import images, text
@@ -35,6 +34,7 @@ from benchmarks.end_to_end_networks import NETWORKS, Network
 from benchmarks.paired import ratios
 from benchmarks.result_files import RESULTS
 from benchmarks.suite.convert import unwritable
+from sparsekern.cost.flops import as_products
 from sparsekern.cost.held import held_bytes
 from sparsekern.cost.memory import peak_bytes
 from sparsekern.cost.timing import turns
@@ -147,8 +147,7 @@ def summary(courses: dict[str, Course]) -> dict[str, Any]:
 
 def step_flops(trainer: Trainer) -> int:
     """FLOPs that a training step executes, as FlopCounterMode sees it; dense is the equivalent."""
-    # attention as products that the counter knows
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with as_products(recurrent=False), FlopCounterMode(display=False) as counter:
         trainer.step()
     return int(counter.get_total_flops())
 
