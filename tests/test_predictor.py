@@ -183,3 +183,30 @@ def test_threads_may_assume_different_devices():
     with ThreadPoolExecutor(4) as pool:
         for device, found in zip(devices, pool.map(impls, devices), strict=True):
             assert found == want[device]
+
+
+class Packs(nn.Module):
+    """Asks its input for values, so that a copy is run to count it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(32, 32)
+
+    def forward(self, x):
+        return self.layer(nn.utils.rnn.pack_padded_sequence(x, [3, 1]))[1]
+
+
+def test_a_copy_that_is_run_here_is_counted_as_elsewhere():
+    """It once tried to launch GPU kernels on tensors of the CPU."""
+    pytest.importorskip("triton")
+    model = sk.sparsify_(nn.Sequential(Packs()), 0.99, block=1)
+    x = torch.ones(3, 2, 32)
+    (cpu, *_), (cuda, *_) = (
+        sk.profile(model, x, device=device, measure=False).layers for device in ("cpu", "cuda")
+    )
+    assert (cpu.impl, cuda.impl) == ("cpu", "triton")
+    assert cpu.forward_flops == cuda.forward_flops < cuda.forward_flops_dense
+    dense = sk.sparsify_(nn.Sequential(Packs()), 0.5, block=1)
+    (row, *_) = sk.profile(dense, x, device="cuda", measure=False).layers
+    assert row.impl == "dense"
+    assert row.forward_flops == row.forward_flops_dense

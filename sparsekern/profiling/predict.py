@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 
@@ -87,10 +88,7 @@ def _cuda(model: nn.Module) -> list[torch.device]:
 
 def _step_of(model: nn.Module, twin: Twin, loss: Loss, device: torch.device) -> Prediction:
     twin.model.train()
-    for layer in twin.model.modules():
-        if isinstance(layer, SparseLayer) and layer.impl != "masked":
-            assumed: Any = Assumed(layer.impl, device)
-            layer.impl = assumed
+    _assume(twin.model, device)
     count = _counted(twin, loss)
     pairs = list(zip(model.parameters(), twin.model.parameters(), strict=True))
     gradients = frozenset(id(parameter) for parameter, own in pairs if own.grad is not None)
@@ -99,6 +97,19 @@ def _step_of(model: nn.Module, twin: Twin, loss: Loss, device: torch.device) -> 
     state = {} if twin.optimizer is None else twin.optimizer.state
     known = {parameter: state[own] for parameter, own in pairs if own in state}
     return Prediction(count, Trained(gradients, known), before, peak, by_running=False)
+
+
+def _assume(model: nn.Module, device: torch.device) -> None:
+    """Let the layers of a copy choose as on `device`; with memory elsewhere, what counts alike."""
+    for layer in model.modules():
+        if not isinstance(layer, SparseLayer) or layer.impl == "masked":
+            continue
+        weightless = isinstance(layer.values, FakeTensor)
+        if weightless or layer.values.device.type == device.type:
+            assumed: Any = Assumed(layer.impl, device)
+            layer.impl = assumed
+        else:
+            layer.impl = "dense" if layer.impl_on(device) == "dense" else None
 
 
 def _counted(twin: Twin, loss: Loss) -> StepCount:
