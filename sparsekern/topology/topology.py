@@ -18,7 +18,6 @@ from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 
-_INT32_MAX = 2**31 - 1
 ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm", "row_order", "col_order")
 
 
@@ -98,8 +97,7 @@ class Topology:
                 f"`positions` must be a 1-D int64 tensor; got {positions.dim()}-D {positions.dtype}"
             )
         n = positions.numel()
-        if n > _INT32_MAX:
-            raise TopologyError(f"at most {_INT32_MAX} blocks can be active; got {n}")
+        sampling.check_count(n, grid)
         if n and bool((positions[1:] <= positions[:-1]).any()):
             raise TopologyError("`positions` must be strictly ascending")
         if n and not 0 <= int(positions[0]) <= int(positions[-1]) < grid.total:
@@ -151,6 +149,7 @@ class Topology:
         Raises:
             ConfigError: `sparsity` outside [0, 1), `nnzb` out of range, or not exactly one given.
             ShapeError: a block edge is larger than the matrix.
+            TopologyError: more blocks than int32 can count.
             DtypeError: `generator` is no torch.Generator.
         """
         sampling.check_generator(generator)
@@ -159,10 +158,12 @@ class Topology:
             raise ConfigError("give exactly one of `sparsity` and `nnzb`")
         if sparsity is not None:
             target = active_count(grid.shape[0] * grid.shape[1], check_sparsity(sparsity))
+            sampling.check_count(sampling.block_counts(grid, target)[0], grid)
             positions = sampling.sample_blocks(grid, target, generator)
         else:
             if nnzb is None or not 0 <= nnzb <= grid.total:
                 raise ConfigError(f"`nnzb` must lie in [0, {grid.total}]; got {nnzb}")
+            sampling.check_count(nnzb, grid)
             positions = sampling.sample_sorted(nnzb, grid.total, generator)
         topology = Topology.from_positions(positions, shape, block, groups=groups, taps=taps)
         return topology if device is None else topology.to(device)
@@ -294,6 +295,10 @@ class Topology:
         """The same topology with its arrays on `device`."""
         return self.with_arrays([array.to(device) for array in self.arrays])
 
+    def clone(self) -> Topology:
+        """The same topology in memory of its own; a layer's changes with the layer."""
+        return self.with_arrays([array.clone() for array in self.arrays])
+
     def with_arrays(self, arrays: Sequence[Tensor]) -> Topology:
         """The same matrix, cut alike, with other connections; unchecked, see `validate`."""
         named: dict[str, Any] = dict(zip(ARRAY_NAMES, arrays, strict=True))
@@ -350,7 +355,12 @@ class Topology:
             )
         if self.block == (1, 1):
             return torch.sparse_csr_tensor(
-                self.crow, self.col, values.flatten(), self.shape, check_invariants=True
+                self.crow,
+                self.col,
+                values.flatten(),
+                self.shape,
+                device=self.device,
+                check_invariants=True,
             )
         if self.grid.ragged:
             raise ShapeError(
@@ -358,7 +368,7 @@ class Topology:
                 f"got {self.grid.part}"
             )
         return torch.sparse_bsr_tensor(
-            self.crow, self.col, values, self.shape, check_invariants=True
+            self.crow, self.col, values, self.shape, device=self.device, check_invariants=True
         )
 
     # ---- comparison and checking
