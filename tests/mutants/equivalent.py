@@ -91,6 +91,7 @@ EQUIVALENT = (
         "x.shape[1] % reduce == 0 and tma_fits(x, values.view(-1, bw), y)",
         CHOICE,
     ),
+    Equivalent("_cut", "constant", "0", "1", CHOICE, "x.shape[1] % reduce"),
     Equivalent(
         "_cut",
         "comparison",
