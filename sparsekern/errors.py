@@ -71,3 +71,8 @@ class MeasurementError(SparseKernError, RuntimeError):
     def __init__(self, message: str, plan: object = None) -> None:
         super().__init__(message)
         self.plan = plan
+
+
+def told(error: BaseException) -> str:
+    """An exception on one line: its type and its text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

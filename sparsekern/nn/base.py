@@ -119,10 +119,14 @@ class SparseLayer(nn.Module):
     @property
     def resolved_impl(self) -> str:
         """The implementation that a forward pass would use now."""
+        return self.impl_on(self.values.device)
+
+    def impl_on(self, device: torch.device) -> str:
+        """The implementation that a forward pass on `device` would use."""
         if self.impl == "masked":
             return "masked"
-        like, density = self.values, self._held().block_density
-        return resolve(self.impl, like.device, like.dtype, self.block, density)
+        density = self._held().block_density
+        return resolve(self.impl, device, self.values.dtype, self.block, density)
 
     def mask(self) -> Tensor:
         """Dense bool mask of the active weights, of the shape of `weight`."""
