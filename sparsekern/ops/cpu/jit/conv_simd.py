@@ -16,6 +16,8 @@ ir = cgutils.ir
 # vectors of one register tile of 4 outputs, and of one output of single entries
 SUM_VECS = 6 if WIDTH == 64 else 3
 ENTRY_VECS = 8 if WIDTH == 64 else 4
+# 8 outputs by half of the vectors: an even number of them, and registers for 24 sums
+EIGHT_AT_ONCE = WIDTH == 64
 
 
 def _sums(rows: int, vecs: int, *, ahead: bool = False) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from sparsekern.ops.cpu.jit.conv_moves import fill
 from sparsekern.ops.cpu.jit.conv_pack import copy_out, segments
 from sparsekern.ops.cpu.jit.conv_simd import (
+    EIGHT_AT_ONCE,
     ENTRY_VECS,
     SUM_VECS,
     entry_sums,
@@ -91,13 +92,13 @@ def _row_sum(
             entry_sums(z, (c[0] + m * eb, w[0], at, lo, hi, x[0] + m * eb))
         return
     half = SUM_VECS // 2 * lanes
-    for m in range(0, size, 2 * half):
+    for m in range(0, size, SUM_VECS * lanes):
         o = 0
         while o < valid:
             home, a = c[0] + (o * c[1] + m) * eb, w[0] + o * w[2] * eb
             rest = (w[1], w[2], w[3], slot, at, kn, step, lo, hi)
             here = x[0] + m * eb
-            if o + 8 <= valid:
+            if EIGHT_AT_ONCE and o + 8 <= valid:
                 sum_eight(z, (home, c[1], a, *rest, here, x[1]))
                 sum_eight(z, (home + half * eb, c[1], a, *rest, here + half * eb, x[1]))
                 o += 8

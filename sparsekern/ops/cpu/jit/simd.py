@@ -6,6 +6,7 @@ multiply-add per term, no fast-math. Addresses are plain integers and strides ar
 first argument `z` is a scalar whose type (float32 or float64) picks the element type.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,6 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FEATURES = str(get_host_cpu_features()).split(",")
 # bytes of one vector register, and rows of the register tile that its register file can hold
 WIDTH = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else 16
+# how another machine's kernels are tested: the compiler splits what this one's registers can't hold
+WIDTH = int(os.environ.get("SPARSEKERN_VECTOR_BYTES", WIDTH))
 ROWS = 4 if WIDTH == 32 else 8
 LANES = {4: WIDTH // 4, 8: WIDTH // 8}
 
@@ -36,7 +39,7 @@ def jit(function: F) -> F:
     store: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if hasattr(store, "_source_stamp"):
         built_from = [path.stat() for path in sorted(Path(__file__).parent.glob("*.py"))]
-        stamp = tuple((file.st_mtime, file.st_size) for file in built_from)
+        stamp = (WIDTH, *((file.st_mtime, file.st_size) for file in built_from))
         store._source_stamp = (store._source_stamp, stamp)
     return cast(F, compiled)
 
