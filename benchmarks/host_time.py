@@ -64,7 +64,7 @@ class _Nothing(torch.autograd.Function):
     """As many operands as a layer has, and no work."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor, run: NoKernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, _bias: Tensor, run: NoKernels) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.run = run
         return run.spmm()
@@ -82,7 +82,7 @@ def without_kernels(step: Callable[[], object], run: NoKernels) -> Callable[[], 
     def stepped() -> None:
         with ExitStack() as stack:
             for module in places:
-                stack.enter_context(mock.patch.object(module, "backend", lambda _impl: run))
+                stack.enter_context(mock.patch.object(module, "backend", return_value=run))
             for _ in range(BURST):
                 step()
 
@@ -136,9 +136,7 @@ def times(case: Case, rounds: int, *, backward: bool) -> dict[str, StepTime]:
     }
     if backward:
         steps["autograd alone"] = repeated(step(nothing))
-    return paired_step_times(
-        steps, "nn.Linear", device=torch.device("cpu"), rounds=rounds, burst=1
-    )
+    return paired_step_times(steps, "nn.Linear", device=torch.device("cpu"), rounds=rounds, burst=1)
 
 
 def main() -> None:

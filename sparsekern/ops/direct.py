@@ -25,6 +25,7 @@ from sparsekern.topology import Topology
 from sparsekern.topology.known import Known
 
 _C: Any = torch._C  # untyped in torch
+_autograd: Any = torch.autograd
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -41,7 +42,7 @@ def is_watched() -> bool:
         or _C._are_functorch_transforms_active()
         or _C._get_tracing_state() is not None
         or _C._is_any_autocast_enabled()
-        or torch.autograd._profiler_enabled()
+        or _autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )
 

@@ -191,9 +191,11 @@ def restore(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
 
 def check_unchanged(arrays: Sequence[Tensor], versions: Sequence[int] | None) -> None:
     """Raise, as torch does for saved tensors, if index arrays changed since the forward pass."""
-    now = versions if versions is None else versions_of(arrays)
-    if now != versions:
-        changed = [n for n, a, b in zip(ARRAY_NAMES, versions, now, strict=True) if a != b]
+    if versions is None:
+        return
+    pairs = zip(ARRAY_NAMES, versions, versions_of(arrays), strict=False)
+    changed = [name for name, then, now in pairs if then != now]
+    if changed:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             f"operation: the topology's {', '.join(changed)} changed between forward and backward"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
+from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 from sparsekern.topology.build import arrays_at, contains
