@@ -12,9 +12,10 @@ from sparsekern import ops
 from sparsekern.errors import DtypeError, TopologyError
 from sparsekern.nn.held import HeldTopology
 from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
-from sparsekern.nn.view import WeightView
+from sparsekern.nn.view import WeightView, refuse_assignment
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
+from sparsekern.ops.cpu import choice
 from sparsekern.ops.direct import any_autocast
 from sparsekern.ops.dispatch import check_impl, resolve
 from sparsekern.topology import Topology
@@ -57,8 +58,13 @@ class SparseLayer(HeldTopology):
 
     @property
     def weight(self) -> WeightView:
-        """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`."""
+        """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`; see `WeightView`."""
         return WeightView(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            refuse_assignment(name)
+        super().__setattr__(name, value)
 
     @property
     def nnz(self) -> int:
@@ -78,10 +84,14 @@ class SparseLayer(HeldTopology):
     @property
     def resolved_impl(self) -> str:
         """The implementation that a forward pass would use now."""
+        return self.impl_on(self.values.device)
+
+    def impl_on(self, device: torch.device) -> str:
+        """The implementation that a forward pass on `device` would use."""
         if self.impl == "masked":
             return "masked"
-        like, density = self.values, self._held().block_density
-        return resolve(self.impl, like.device, like.dtype, self.block, density)
+        density = self._held().block_density
+        return resolve(self.impl, device, self.values.dtype, self.block, density)
 
     def mask(self) -> Tensor:
         """Dense bool mask of the active weights, of the shape of `weight`."""
@@ -213,7 +223,10 @@ class SparseLayer(HeldTopology):
 
     def _repr_facts(self) -> str:
         block = self.block[0] if self.block[0] == self.block[1] else self.block
-        impl = self.impl or f"{self.resolved_impl} (auto)"
+        runs = self.resolved_impl
+        impl = self.impl or f"{runs} (auto)"
+        if runs == "cpu":
+            impl += f", path={choice.described(min(self.block))}"
         held = self._held()
         if self._blank or (self.col.is_meta and held.grid.ragged):  # how many, not where
             return f"block={block}, active_blocks={held.nnzb}, impl={impl}"

@@ -53,7 +53,7 @@ class HeldTopology(nn.Module):
 
     @property
     def topology(self) -> Topology:
-        """The current connections; shares memory with the buffers.
+        """The current connections, in the buffers' memory: an update changes them; `clone` keeps.
 
         Raises:
             TopologyError: there are none, as after `to_empty`, or the buffers were overwritten by

@@ -77,13 +77,13 @@ class SparseLinear(SparseLayer):
             bound = 1 / math.sqrt(self.in_features)
             draw_uniform_(self.bias.data, generator, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
+        if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise ShapeError(
-                f"input must have shape (..., {self.in_features}); got {tuple(x.shape)}"
+                f"input must have shape (..., {self.in_features}); got {tuple(input.shape)}"
             )
-        x, values, bias = self._operands(x)
+        x, values, bias = self._operands(input)
         flat = x.dim() == 2
         tokens = x if flat else x.reshape(-1, self.in_features)
         mask = self._mask()

@@ -182,6 +182,7 @@ def grow_scores(
     # a graph would keep every slab
     dys, xs = ([t.detach().reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
     if reduce is not None:
+        topology.known()
         return stream_grow_scores(linear_slabs(dys, xs), xs[0], topology, k, norm, reduce)
     # the gradient is dense whatever the density
     impl = resolve(impl, xs[0].device, xs[0].dtype, topology.block)

@@ -134,6 +134,7 @@ def conv2d_grow_scores(
         raise ShapeError(f"`dy` and `x` must come in pairs; got {len(dys)} and {len(xs)}")
     for one_dy, one_x in zip(dys, xs, strict=True):
         _check_pair(one_dy, one_x, topology, geometry)
+    topology.known()
     # a graph would keep every slab
     dys, xs = ([t.detach() for t in group] for group in (dys, xs))
     return stream_grow_scores(conv_slabs(dys, xs, geometry), xs[0], topology, k, norm, reduce)

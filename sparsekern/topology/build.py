@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import TopologyError
+from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Grid
-
-_INT32_MAX = 2**31 - 1
 
 
 def arrays_at(positions: Tensor, grid: Grid) -> dict[str, Tensor]:
@@ -22,8 +21,7 @@ def arrays_at(positions: Tensor, grid: Grid) -> dict[str, Tensor]:
             f"`positions` must be a 1-D int64 tensor; got {positions.dim()}-D {positions.dtype}"
         )
     n = positions.numel()
-    if n > _INT32_MAX:
-        raise TopologyError(f"at most {_INT32_MAX} blocks can be active; got {n}")
+    sampling.check_count(n, grid)
     if n and bool((positions[1:] <= positions[:-1]).any()):
         raise TopologyError("`positions` must be strictly ascending")
     if n and not 0 <= int(positions[0]) <= int(positions[-1]) < grid.total:

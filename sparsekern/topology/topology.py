@@ -7,7 +7,7 @@ One immutable value object carries the index arrays of a sparse matrix and of it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -125,6 +125,7 @@ class Topology:
         Raises:
             ConfigError: `sparsity` outside [0, 1), `nnzb` out of range, or not exactly one given.
             ShapeError: a block edge is larger than the matrix.
+            TopologyError: more blocks than int32 can count.
             DtypeError: `generator` is no torch.Generator.
         """
         sampling.check_generator(generator)
@@ -133,10 +134,12 @@ class Topology:
             raise ConfigError("give exactly one of `sparsity` and `nnzb`")
         if sparsity is not None:
             target = active_count(grid.shape[0] * grid.shape[1], check_sparsity(sparsity))
+            sampling.check_count(sampling.block_counts(grid, target)[0], grid)
             positions = sampling.sample_blocks(grid, target, generator)
         else:
             if nnzb is None or not 0 <= nnzb <= grid.total:
                 raise ConfigError(f"`nnzb` must lie in [0, {grid.total}]; got {nnzb}")
+            sampling.check_count(nnzb, grid)
             positions = sampling.sample_sorted(nnzb, grid.total, generator)
         topology = Topology.from_positions(positions, shape, block, groups=groups, taps=taps)
         return topology if device is None else topology.to(device)
@@ -271,11 +274,19 @@ class Topology:
 
     def to(self, device: torch.device | str) -> Topology:
         """The same topology with its arrays on `device`."""
+        return self._copied(lambda array: array.to(device))
+
+    def clone(self) -> Topology:
+        """The same topology in memory of its own; a layer's changes with the layer."""
+        return self._copied(torch.clone)
+
+    def _copied(self, copy: Callable[[Tensor], Tensor]) -> Topology:
+        """The same topology, known to be one if this is."""
         with torch.inference_mode(False):
-            moved = self.with_arrays([array.to(device) for array in self.arrays])
+            copied = self.with_arrays([copy(array) for array in self.arrays])
         if self._known is not None and self._known.current:
-            vouch(moved)
-        return moved
+            vouch(copied)
+        return copied
 
     def with_arrays(self, arrays: Sequence[Tensor]) -> Topology:
         """The same matrix, cut alike, with other connections; unchecked, see `validate`."""
@@ -333,7 +344,12 @@ class Topology:
             )
         if self.block == (1, 1):
             return torch.sparse_csr_tensor(
-                self.crow, self.col, values.flatten(), self.shape, check_invariants=True
+                self.crow,
+                self.col,
+                values.flatten(),
+                self.shape,
+                device=self.device,
+                check_invariants=True,
             )
         if self.grid.ragged:
             raise ShapeError(
@@ -341,7 +357,7 @@ class Topology:
                 f"got {self.grid.part}"
             )
         return torch.sparse_bsr_tensor(
-            self.crow, self.col, values, self.shape, check_invariants=True
+            self.crow, self.col, values, self.shape, device=self.device, check_invariants=True
         )
 
     # ---- comparison and checking
