@@ -171,9 +171,10 @@ class SparseLayer(HeldTopology):
         """Input, values and bias, in autocast's dtype where that is on; float64 stays."""
         if self._blank:
             self.check_known()
-        values = self._parameters.get("values")  # a parametrization may have taken its place
+        own = self._parameters  # faster than an attribute; a parametrization is one, though
+        values, bias = own.get("values"), own.get("bias")
         values = self.values if values is None else values
-        bias: Tensor | None = self.bias
+        bias = self.bias if bias is None else bias
         if not torch.compiler.is_compiling() and not any_autocast():
             return x, values, bias
         kind = x.device.type

@@ -13,6 +13,8 @@ from sparsekern.topology.known import Known
 
 def implementation(impl: str | None, like: Tensor, topology: Topology) -> str:
     """The implementation that runs, from `impl`, device, dtype, block and density."""
+    if impl is None and like.is_cpu:  # what `resolve` says, at once
+        return "cpu"
     return resolve(impl, like.device, like.dtype, topology.block, topology.block_density)
 
 

@@ -26,7 +26,6 @@ from sparsekern.topology.known import Known
 
 _C: Any = torch._C  # untyped in torch
 _autograd: Any = torch.autograd
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_watched() -> bool:
@@ -63,7 +62,10 @@ def is_plain(*operands: Tensor | None) -> bool:
     Negation may be lazy, as in the imaginary part of a conjugate; so may be zeros.
     """
     for t in operands:
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
+        if t is None:
+            continue
+        kind = type(t)
+        if (kind is not Tensor and kind is not nn.Parameter) or t.is_neg() or t._is_zerotensor():
             return False
     return True
 

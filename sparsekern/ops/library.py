@@ -189,17 +189,16 @@ def restore(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
     return saved, (*ctx.arrays, ctx.layout, ctx.impl)
 
 
-def check_unchanged(arrays: Sequence[Tensor], versions: Sequence[int] | None) -> None:
+def check_unchanged(arrays: Sequence[Tensor], versions: tuple[int, ...] | None) -> None:
     """Raise, as torch does for saved tensors, if index arrays changed since the forward pass."""
-    if versions is None:
+    if versions is None or versions_of(arrays) == versions:
         return
-    pairs = zip(ARRAY_NAMES, versions, versions_of(arrays), strict=False)
-    changed = [name for name, then, now in pairs if then != now]
-    if changed:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: the topology's {', '.join(changed)} changed between forward and backward"
-        )
+    pairs = zip(ARRAY_NAMES, versions, versions_of(arrays), strict=True)
+    changed = ", ".join(name for name, then, now in pairs if then != now)
+    raise RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: the topology's {changed} changed between forward and backward"
+    )
 
 
 def _plain_spmm(x: Tensor, values: Tensor, rest: tuple[Any, ...]) -> Any:

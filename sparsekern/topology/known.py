@@ -44,11 +44,6 @@ class Known(NamedTuple):
     device: torch.device
     block_density: float
 
-    @property
-    def current(self) -> bool:
-        """Whether nothing has written to the arrays since."""
-        return versions_of(self.arrays) == self.versions
-
 
 class _Proof(NamedTuple):
     """The same without holding the arrays, for whoever comes with them alone."""

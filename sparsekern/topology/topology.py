@@ -19,7 +19,7 @@ from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 from sparsekern.topology.build import arrays_at, contains
 from sparsekern.topology.checks import check_compressed, check_topology
-from sparsekern.topology.known import Known, prove, vouch
+from sparsekern.topology.known import Known, prove, versions_of, vouch
 
 ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm", "row_order", "col_order")
 
@@ -284,7 +284,7 @@ class Topology:
         """The same topology, known to be one if this is."""
         with torch.inference_mode(False):
             copied = self.with_arrays([copy(array) for array in self.arrays])
-        if self._known is not None and self._known.current:
+        if self._known is not None and versions_of(self.arrays) == self._known.versions:
             vouch(copied)
         return copied
 
@@ -420,7 +420,9 @@ class Topology:
             TopologyError: as `validate` does.
         """
         known = self._known
-        return known if known is not None and known.current else prove(self)
+        if known is not None and versions_of(known.arrays) == known.versions:
+            return known
+        return prove(self)
 
     def validate(self) -> Topology:
         """Check kind, range, order, duplicates and that `perm` inverts the transpose; return self.
