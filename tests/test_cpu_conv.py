@@ -74,7 +74,7 @@ def case_id(case):
 def _fine_grained(monkeypatch):
     # tiny cases are otherwise one chunk on one thread
     if "jit" in NAMES:
-        jit = importlib.import_module("sparsekern.ops.cpu.jit.conv_job")
+        jit = importlib.import_module("sparsekern.ops.cpu.jit.conv_plan")
         monkeypatch.setattr(jit, "GRAIN", 1)
         monkeypatch.setattr(jit, "BYTES", 1 << 13)
     monkeypatch.setattr(importlib.import_module("sparsekern.ops.cpu.unfold"), "ELEMENTS", 4096)
@@ -211,7 +211,7 @@ MANY = [
 @pytest.mark.parametrize(("block", "name"), MANY)
 def test_many_images_and_channels_in_several_chunks(block, name, monkeypatch):
     if name == "jit":
-        job = importlib.import_module("sparsekern.ops.cpu.jit.conv_job")
+        job = importlib.import_module("sparsekern.ops.cpu.jit.conv_plan")
         monkeypatch.setattr(job, "BYTES", 1 << 17)
     else:
         monkeypatch.undo()

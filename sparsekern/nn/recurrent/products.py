@@ -8,7 +8,8 @@ one) is settled when a product is made, so that a step is one kernel call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,11 +18,22 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparsekern.nn.base import SparseLayer
 from sparsekern.ops import library, resolve
+from sparsekern.ops.cpu.choice import backend_for
 from sparsekern.ops.dispatch import backend
+from sparsekern.topology import Topology
+
+EXACT = (torch.float32, torch.float64)
+"""Types that the compiled kernels compute in as they are."""
 
 
 class Product(Protocol):
-    """y = x wᵀ + bias for a w (rows, cols), and what its gradients need."""
+    """y = x wᵀ + bias for a w (rows, cols), and what its gradients need.
+
+    Attributes:
+        compiled: whether the CPU's compiled kernels run it.
+    """
+
+    compiled: bool
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(M, cols) -> (M, rows)."""
@@ -58,6 +70,13 @@ class _Sparse:
         self.topology = library.topology_of(*self.parts)
         watched = _get_current_dispatch_mode() is not None or library.is_traced()
         self.kernels = None if watched else backend(impl)
+        kind, native = self.values.dtype, not watched and impl == "cpu"
+        self.compiled = native and kind in EXACT and backend_for(self.topology, kind) == "jit"
+
+    @cached_property
+    def turned(self) -> tuple[Tensor, Topology] | None:
+        """Single entries in the order of wᵀ: each step would else put them in order."""
+        return _turned(self.values, self.topology) if self.compiled else None
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.kernels is not None:
@@ -67,6 +86,8 @@ class _Sparse:
 
     def transposed(self, dy: Tensor) -> Tensor:
         if self.kernels is not None:
+            if self.turned is not None:
+                return self.kernels.spmm(dy, *self.turned, None)
             return self.kernels.spmm_t(dy, self.values, self.topology)
         dx: Tensor = library.spmm_t(dy, self.values, *self.parts, self.impl)
         return dx
@@ -76,8 +97,18 @@ class _Sparse:
         return dw
 
 
+def _turned(values: Tensor, t: Topology) -> tuple[Tensor, Topology] | None:
+    """Single entries of wᵀ, and its rows: all that a product with it reads of a topology."""
+    if t.block != (1, 1):
+        return None
+    turned = replace(t, shape=(t.shape[1], t.shape[0]), crow=t.ccol, col=t.row)
+    return values.index_select(0, t.perm), turned
+
+
 class _Dense:
     """A dense weight, or one that is multiplied by a mask."""
+
+    compiled = False
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         weight, *mask = tensors
