@@ -166,11 +166,13 @@ class SparseConv(SparseLayer):
             )
         x, values, bias = self._operands(input)
         images = self._as_images(self._pads.apply(x))
-        if self.dense_mask is not None:
+        mask = self._mask()
+        if mask is not None:
             self.geometry.output_size(*images.shape[2:])
-            y = dense_conv2d(images, values * self.dense_mask, self.geometry, bias)
+            y = dense_conv2d(images, values * mask, self.geometry, bias)
         else:
-            y = ops.conv2d(images, values, self.topology, self.geometry, bias, impl=self.impl)
+            t = self._connections()
+            y = ops.conv2d(images, values, t, self.geometry, bias, impl=self.impl)
         return self._from_images(self._observed(y, images), x)
 
     def grow_scores(self, dys: Any, xs: Any, k: int, norm: str, reduce: Any) -> GrowScores:

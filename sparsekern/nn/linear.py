@@ -84,12 +84,15 @@ class SparseLinear(SparseLayer):
                 f"input must have shape (..., {self.in_features}); got {tuple(input.shape)}"
             )
         x, values, bias = self._operands(input)
-        tokens = x.reshape(-1, self.in_features)
-        if self.dense_mask is not None:
-            y = nn.functional.linear(tokens, values * self.dense_mask, bias)
+        flat = x.dim() == 2
+        tokens = x if flat else x.reshape(-1, self.in_features)
+        mask = self._mask()
+        if mask is not None:
+            y = nn.functional.linear(tokens, values * mask, bias)
         else:
-            y = ops.spmm(tokens, values, self.topology, bias, impl=self.impl)
-        return self._observed(y, tokens).view(*x.shape[:-1], self.out_features)
+            y = ops.spmm(tokens, values, self._connections(), bias, impl=self.impl)
+        y = self._observed(y, tokens)
+        return y if flat else y.view(*x.shape[:-1], self.out_features)
 
     @classmethod
     def from_dense(
