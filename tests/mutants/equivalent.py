@@ -300,6 +300,15 @@ EQUIVALENT = (
         )
     ),
     Equivalent("bsr_conv2d_dgrad", "name swapped", "min", "max", CHOICE, "TAPS_AT_ONCE"),
+    Equivalent("_bsr_conv2d_kernel", "comparison", "IN >= BK", None, CHOICE),
+    Equivalent(
+        "_bsr_conv2d_kernel",
+        "other dropped",
+        "tl.load(bias_ptr + at.to(tl.int64) * sb, mask=o < Cog, other=0.0)",
+        None,
+        NOT_STORED,
+    ),
+    Equivalent("_bsr_conv2d_dgrad_kernel", "comparison", "m0 < N * rows * columns", None, WORK),
     # csr_conv2d
     Equivalent(
         "_csr_conv2d_kernel",
