@@ -66,7 +66,13 @@ H200 = Device(
     hbm=4.3e12,  # device-to-device copy
     csr_flops=0.27 * 67e12,  # the share of the fp32 peak that Sputnik reaches (Gale et al. 2020)
 )
-DEVICES = (H200,)
+H100 = replace(
+    H200,  # the same chip; of its own, both seen: an 8192 cube through cuBLAS, a device copy
+    name="NVIDIA H100 80GB HBM3",
+    flops={**H200.flops, "bf16": 798e12, "fp16": 798e12},
+    hbm=3.0e12,
+)
+DEVICES = (H200, H100)
 
 
 @dataclass(frozen=True)

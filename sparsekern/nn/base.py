@@ -61,10 +61,15 @@ class SparseLayer(HeldTopology):
         """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`; see `WeightView`."""
         return WeightView(self)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    @weight.setter
+    def weight(self, _: object) -> None:
+        refuse_assignment()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, as torch does, unless it would stand where the view is."""
         if name == "weight":
-            refuse_assignment(name)
-        super().__setattr__(name, value)
+            refuse_assignment()
+        super().register_parameter(name, param)
 
     @property
     def nnz(self) -> int:

@@ -149,9 +149,9 @@ class WeightView:
         super().__setattr__(name, value)
 
 
-def refuse_assignment(name: str) -> NoReturn:
-    """Raise the `WeightError` of `layer.<name> = ...`."""
-    raise WeightError(f"`{name}` of a sparse layer can't be assigned to: {HELP}")
+def refuse_assignment() -> NoReturn:
+    """Raise the `WeightError` of `layer.weight = ...`."""
+    raise WeightError(f"`weight` of a sparse layer can't be assigned to: {HELP}")
 
 
 def _refusal(name: str) -> str:

@@ -8,7 +8,8 @@ one) is settled when a product is made, so that a step is one kernel call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,14 +17,24 @@ from torch import Tensor, nn
 
 from sparsekern.nn.base import SparseLayer
 from sparsekern.ops import resolve
+from sparsekern.ops.cpu.choice import backend_for
 from sparsekern.ops.direct import is_plain, is_watched
 from sparsekern.ops.dispatch import Backend, backend
 from sparsekern.ops.library import Operators
 from sparsekern.topology import Topology
 
+EXACT = (torch.float32, torch.float64)
+"""Types that the compiled kernels compute in as they are."""
+
 
 class Product(Protocol):
-    """y = x wᵀ + bias for a w (rows, cols), and what its gradients need."""
+    """y = x wᵀ + bias for a w (rows, cols), and what its gradients need.
+
+    Attributes:
+        compiled: whether the CPU's compiled kernels run it.
+    """
+
+    compiled: bool
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(M, cols) -> (M, rows)."""
@@ -65,19 +76,38 @@ class _Sparse:
         # no short way for fake tensors, or for index arrays that torch does not follow
         known = None if is_watched() or not is_plain(self.values) else topology.known()
         self.run: Backend = Operators(impl) if known is None else backend(impl)
+        kind, native = self.values.dtype, known is not None and impl == "cpu"
+        self.compiled = native and kind in EXACT and backend_for(topology, kind) == "jit"
+
+    @cached_property
+    def turned(self) -> tuple[Tensor, Topology] | None:
+        """Single entries in the order of wᵀ: each step would else put them in order."""
+        return _turned(self.values, self.topology) if self.compiled else None
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.run.spmm(x, self.values, self.topology, bias)
 
     def transposed(self, dy: Tensor) -> Tensor:
+        if self.turned is not None:
+            return self.run.spmm(dy, *self.turned, None)
         return self.run.spmm_t(dy, self.values, self.topology)
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         return self.run.sddmm(dy, x, self.topology)
 
 
+def _turned(values: Tensor, t: Topology) -> tuple[Tensor, Topology] | None:
+    """Single entries of wᵀ, and its rows: all that a product with it reads of a topology."""
+    if t.block != (1, 1):
+        return None
+    turned = replace(t, shape=(t.shape[1], t.shape[0]), crow=t.ccol, col=t.row)
+    return values.index_select(0, t.perm), turned
+
+
 class _Dense:
     """A dense weight, or one that is multiplied by a mask."""
+
+    compiled = False
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         weight, *mask = tensors

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import UnavailableError
 from sparsekern.nn.base import SparseLayer
+from sparsekern.nn.recurrent.compiled import BACKWARD
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.products import Product, recipe_of
 from sparsekern.ops import capture
@@ -225,8 +226,9 @@ def _backward(
     out, gates, *extra = kept
     cells = extra[: kind.states - 1]
     last = [_previous(plan, new, old) for new, old in zip([out, *cells], initial, strict=True)]
-    walk = kind.backward(gates, last, [out, *cells], plan.rows)
-    dy, d_state = plan.rows(gradients[0]), [d.clone() for d in gradients[1]]
+    start = BACKWARD.get(plan.kind, kind.backward) if product.compiled else kind.backward
+    walk = start(gates, last, [out, *cells], plan.rows)
+    dy, d_state = plan.rows(gradients[0]), [_own(d) for d in gradients[1]]
     d_out = torch.empty_like(out) if projection else out
     d_outs = plan.rows(d_out)
 
@@ -257,6 +259,11 @@ def _backward(
         found.append(made.weight_gradient(*pair) if wanted else None)
         found += [None] * (weight.tensors - 1)
     return found
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """A copy that a walk may write to, rows contiguous."""
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _previous(plan: _Plan, states: Tensor, initial: Tensor) -> Tensor:
