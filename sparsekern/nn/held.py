@@ -81,8 +81,9 @@ class HeldTopology(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._held()
-        if DistributedDataParallel._active_ddp_module is not None:
-            _leave_broadcast(DistributedDataParallel._active_ddp_module)
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if ddp is not None:
+            _leave_broadcast(ddp)
         topology = self._topology
         if topology is not None and all(map(is_, self._buffers.values(), self._buffers_then)):
             return topology

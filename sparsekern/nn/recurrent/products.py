@@ -74,15 +74,17 @@ class _Sparse:
         self.topology = topology
         self.impl = impl
         # no short way for fake tensors, or for index arrays that torch does not follow
-        known = None if is_watched() or not is_plain(self.values) else topology.known()
-        self.run: Backend = Operators(impl) if known is None else backend(impl)
+        known = topology.known() if is_plain(self.values) else None
+        self.free = known is not None and not is_watched()
+        self.run: Backend = backend(impl) if self.free else Operators(impl)
+        # whoever watches: the bits of a layer don't depend on it
         kind, native = self.values.dtype, known is not None and impl == "cpu"
         self.compiled = native and kind in EXACT and backend_for(topology, kind) == "jit"
 
     @cached_property
     def turned(self) -> tuple[Tensor, Topology] | None:
         """Single entries in the order of wᵀ: each step would else put them in order."""
-        return _turned(self.values, self.topology) if self.compiled else None
+        return _turned(self.values, self.topology) if self.free and self.compiled else None
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.run.spmm(x, self.values, self.topology, bias)
