@@ -125,7 +125,12 @@ class Method(Loop):
         if self.grow_init == "zeros":
             return None
         topology = update.topology
-        drawn = torch.rand(topology.values_shape, generator=self.generator(name), device="cpu")
+        drawn = torch.rand(
+            topology.values_shape,
+            generator=self.generator(name),
+            dtype=torch.float32,
+            device="cpu",
+        )
         drawn = drawn.to(layer.values) * 2 - 1
         drawn = topology.clear_padding_(drawn * bounds(topology).to(drawn.dtype))
         return drawn[update.source < 0]

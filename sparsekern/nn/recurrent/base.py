@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, WeightError
 from sparsekern.nn.connections import check_mask, topology_of
 from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.nn.linear import SparseLinear
@@ -93,6 +93,17 @@ class SparseRecurrent(nn.Module):
                 )
             self.add_module(name, layer)
         self.reset_parameters(generator)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith(("weight_", "bias_")):
+            kind, _, matrix = name.partition("_")
+            sparse = isinstance(getattr(self, matrix, None), SparseLinear)
+            place = "bias" if kind == "bias" else "values" if sparse else "weight"
+            raise WeightError(
+                f"`{name}` can't be assigned to: write to `{matrix}.{place}`; a dense layer is "
+                "taken over by `from_dense`"
+            )
+        super().__setattr__(name, value)
 
     def _matrices(self) -> dict[str, Any]:
         return dict(self.named_children())

@@ -239,7 +239,7 @@ def _balanced(ptr: Tensor, parts: int) -> Ranges:
     """Cut block rows so that each range holds about as many blocks; all rows are covered."""
     rows = ptr.numel() - 1
     total = int(ptr[-1]) if parts > 1 else 0
-    wanted = torch.tensor([total * i // parts for i in range(1, parts)], dtype=ptr.dtype)
+    wanted = ptr.new_tensor([total * i // parts for i in range(1, parts)])
     cuts = [0, *torch.searchsorted(ptr, wanted).clamp(max=rows).tolist(), rows]
     return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
