@@ -284,6 +284,18 @@ def test_gradcheck(kind, reverse):
     assert torch.autograd.gradcheck(run, (inputs, hidden.values, hidden.bias, *state))
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_of_final_states_may_lie_in_any_order(kind):
+    layer = make(LAYERS, kind)
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    finals = tensors_in(layer(x))[1:]
+    turned = [torch.randn(*s.shape[::-1], dtype=torch.float64).permute(2, 1, 0) for s in finals]
+    plain = [g.contiguous() for g in turned]
+    leaves = [x, *layer.parameters()]
+    results = [torch.autograd.grad(finals, leaves, g, retain_graph=True) for g in (turned, plain)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_it_can_not_be_differentiated_twice():
     layer = make(LAYERS, "gru")
     x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)

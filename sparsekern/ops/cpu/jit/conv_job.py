@@ -75,17 +75,19 @@ class Job:
             if not line.complete:
                 to.zero_()
             sums, keep = self.transposed(plan, values, to)
-        dw = self.y.new_zeros(0)
+        dw = None
         if x is not None:
             places, used = self.places(plan, plan.second)
             index = (t.crow.numpy(), places.at, places.count)
             dots = Dots(0, t.block, *index, s.rows, s.outs, plan.panels)
             second = Image(x.data_ptr(), plan.second, t.groups, s.ins, t.block[1], used)
             dw = self.y.new_empty(plan.parts, *t.values_shape)  # tasks fill it, in their threads
-            dw[plan.tasks[-1].part + 1 :] = 0
+            filled = plan.tasks[-1].part + 1
+            if filled < plan.parts:
+                dw[filled:] = 0
         self.run(plan, source, sums, dots, second, dw)
         del keep
-        return dw if x is None else t.clear_padding_(self.total(dw))
+        return self.y.new_empty(0) if dw is None else t.clear_padding_(self.total(dw))
 
     def total(self, parts: Tensor) -> Tensor:
         """Sum over the first axis, in order, in one parallel region if it is worth one."""
