@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparsekern.ops import cpu_tiles, cpu_wide
 from sparsekern.ops.cpu_job import entry, launch
+from sparsekern.ops.cpu_pages import fresh
 from sparsekern.ops.cpu_simd import VECS, WIDTH
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 CHUNK = 4  # tiles of tokens packed at a time for the tiled sddmm, at least one per thread
 GRAIN = 1 << 18  # multiply-adds that are worth waking another thread for
-NEAR = 1 << 22  # bytes of x that a part of a wide product reads again for each block row
+NEAR = 1 << 19  # bytes of x that a part of a wide product reads again for each block row
+TILE_BYTES = 1 << 19  # of a tile of x, which each block row reads again
 PLANS = 4096  # that are kept
 
 
@@ -76,7 +78,7 @@ class _Plan(NamedTuple):
 def spmm(x: Tensor, values: Tensor, t: Topology, bias: Tensor | None) -> Tensor:
     """y = x wᵀ + bias: (M, cols) -> (M, rows)."""
     plan = _sum_plan(_call(t, x, x.stride()), transposed=False)
-    y = x.new_empty(x.shape[0], t.shape[0])
+    y = fresh(x.shape[0], t.shape[0], x.dtype)
     arrays = t.crow.data_ptr(), t.col.data_ptr(), 0
     return _sum(plan, y, x, values, bias, arrays)
 
@@ -84,7 +86,7 @@ def spmm(x: Tensor, values: Tensor, t: Topology, bias: Tensor | None) -> Tensor:
 def spmm_t(dy: Tensor, values: Tensor, t: Topology) -> Tensor:
     """dx = dy w: (M, rows) -> (M, cols)."""
     plan = _sum_plan(_call(t, dy, dy.stride()), transposed=True)
-    dx = dy.new_empty(dy.shape[0], t.shape[1])
+    dx = fresh(dy.shape[0], t.shape[1], dy.dtype)
     arrays = t.ccol.data_ptr(), t.row.data_ptr(), t.perm.data_ptr()
     if t.block == (1, 1):
         # in the order of reading: each tile would else fetch an entry from another cache line
@@ -157,7 +159,7 @@ def _sum_plan(call: _Call, *, transposed: bool) -> _Plan:
     else:
         # tiles of blocks are taken two vectors at a time
         unit *= 1 if call.block == (1, 1) else 2
-        span = min(VECS * WIDTH // call.size, -(-call.tokens // unit) * unit)
+        span = min(_tile(features[1], call.size), -(-call.tokens // unit) * unit)
         parts, ld = -(-call.tokens // max(1, span)), span
         split = -(-call.workers // max(1, parts))
     out = call.tokens, features[0], features[0]
@@ -167,6 +169,12 @@ def _sum_plan(call: _Call, *, transposed: bool) -> _Plan:
     workers = min(call.workers, parts * split)
     kernel = _kernel("wide_sum" if wide else "tile_sum", call.size)
     return _Plan(kernel, workers, parts * split, sizes, workers * features[1] * ld)
+
+
+def _tile(features: int, size: int) -> int:
+    """Most tokens of a tile: half as many where it would not stay in L2."""
+    most = VECS * WIDTH
+    return most // size if features * most <= TILE_BYTES else most // (2 * size)
 
 
 def _wide_parts(tokens: int, workers: int, most: int) -> tuple[int, int, int]:
@@ -183,8 +191,8 @@ def _wide_parts(tokens: int, workers: int, most: int) -> tuple[int, int, int]:
 def _dots_plan(call: _Call) -> _Plan:
     wide = _is_wide(call.block, call.size)
     rows, cols = call.shape
-    span = VECS * WIDTH // call.size
-    span = ld = min(span, -(-call.tokens // (WIDTH // call.size)) * (WIDTH // call.size))
+    lanes = WIDTH // call.size
+    span = ld = min(_tile(cols, call.size), -(-call.tokens // lanes) * lanes)
     tiles = -(-call.tokens // span)
     held = min(tiles, max(CHUNK, call.workers))
     out = call.tokens, 0, 0

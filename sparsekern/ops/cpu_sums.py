@@ -115,9 +115,9 @@ def _entries(vecs: int) -> Any:
 
 
 def _dots(count: int) -> Any:
-    """`out[j] += a[n vectors] . x_j[n vectors]`, j < count (4 or 1): arguments n out a x_0 ....
+    """`out[j] += a[n vectors] . x_j[n vectors]`, j < count (8, 4 or 1): arguments n out a x_0 ....
 
-    One dot is added up in the same order as four, so how entries are grouped changes no bit.
+    One dot is added up in the same order as several, so how entries are grouped changes no bit.
     """
 
     def dots(e: Any, n: Any, out: Any, a: Any, *xs: Any) -> None:
@@ -132,12 +132,15 @@ def _dots(count: int) -> Any:
         if e.vec.count < 4:
             totals = [_fold(e, acc, 1) for acc in sums]
         else:
-            p, q, r, s = sums * (4 // count)
-            totals = [_fold(e, _pair(e, _pair(e, p, q, 1), _pair(e, r, s, 1), 2), 4)]
+            fours = [(sums * 4)[j : j + 4] for j in range(0, count, 4)]
+            totals = [
+                _fold(e, _pair(e, _pair(e, p, q, 1), _pair(e, r, s, 1), 2), 4)
+                for p, q, r, s in fours
+            ]
             if count == 1:
                 totals = [e.shuffle(totals[0], totals[0], [0])]
         for j, total in enumerate(totals):
-            place = e.at(out, e.num(j))
+            place = e.at(out, e.num(j * (count // len(totals))))
             e.store(e.b.fadd(e.load(place, total.type), total), place)
 
     return _primitive(3 + count, dots)
@@ -146,4 +149,4 @@ def _dots(count: int) -> Any:
 tile_most, tile_four, tile_two, tile_one = (_tile(rows, 2) for rows in (ROWS, 4, 2, 1))
 sums_most, sums_four, sums_two, sums_one = (_sums(rows, 2) for rows in (ROWS, 4, 2, 1))
 entries_most, entries_four, entries_two, entries_one = (_entries(v) for v in (VECS, 4, 2, 1))
-dots4, dots1 = _dots(4), _dots(1)
+dots8, dots4, dots1 = _dots(8), _dots(4), _dots(1)

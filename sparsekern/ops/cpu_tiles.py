@@ -1,9 +1,8 @@
 """numba kernels for any block, (1, 1) among them: tokens are the vector axis.
 
 Activations are packed into tiles of at most `VECS` vectors of tokens, (features, LD tokens) within
-a tile. Bound for (1, 1): L2 reads, one vector for each vector multiply-add, a third to a half of
-the dense product's rate; with rows of `PANEL` features at a time, so that what a tile reads stays
-in L2.
+a tile. Bound for (1, 1): L2 reads, one vector for each vector multiply-add, about a third of the
+dense product's rate.
 
 Tensors come as addresses, sizes and strides (in elements), so one compiled version serves every
 layout. `z` is a scalar of the element type, `eb` its bytes; `job` is described in `cpu_job`.
@@ -57,6 +56,7 @@ from sparsekern.ops.cpu_simd import (
     geti,
     jit,
     move,
+    prefetch,
     take,
     turn,
     vfill,
@@ -65,6 +65,7 @@ from sparsekern.ops.cpu_simd import (
 from sparsekern.ops.cpu_sums import (
     dots1,
     dots4,
+    dots8,
     entries_four,
     entries_most,
     entries_one,
@@ -179,13 +180,16 @@ def _sum_tile(z: Any, eb: int, job: int, xt: int, tokens: Any, rows: Any, room: 
         field(z, (job, BIAS)),
     )
     lanes, limit = WIDTH // eb, field(z, (job, X_FEATURES))
-    group, vecs, acc = max(1, lanes // bo), -(-tokens[1] // lanes), room + WIDTH * lanes
+    group, vecs, acc = max(1, 2 * lanes // bo), -(-tokens[1] // lanes), room + WIDTH * lanes
     # a stored block is (out, in) if it is to be turned, else (in, out)
     strides = (bi, 1) if field(z, (job, TURNED)) else (1, bo)
     a, b = (w, strides[0], strides[1], 0, bo * bi), (xt, ld, bi * ld, 0)
     for r in range(rows[0], rows[1], group):
         last = min(r + group, rows[1])
         some = min((last - r) * bo, features - r * bo)
+        home = field(z, (job, OUT)) + (tokens[0] * out_row + r * bo) * eb
+        for i in range(tokens[1]):  # rows a page apart: no hardware prefetcher follows
+            prefetch(z, (home + i * out_row * eb,))
         for i in range(some):
             for v in range(vecs):
                 vfill(z, (acc + i * ld * eb + v * WIDTH, bias + (r * bo + i) * eb if bias else 0))
@@ -196,15 +200,14 @@ def _sum_tile(z: Any, eb: int, job: int, xt: int, tokens: Any, rows: Any, room: 
             else:
                 run = (idx, field(z, (job, SLOT)), lo, hi, bi, limit, 0, 0)
                 _outputs(z, eb, at, min(bo, features - q * bo), vecs, a, b, run)
-        home = field(z, (job, OUT)) + (tokens[0] * out_row + r * bo) * eb
         _unpack(z, eb, home, out_row, acc, ld, some, tokens[1], room)
 
 
 @jit
 def _room(z: Any, eb: int, job: int) -> int:
-    """Bytes that `_sum_tile` needs: a square, and the outputs of a vector of block rows."""
+    """Bytes that `_sum_tile` needs: a square, and the outputs of some block rows."""
     bo, ld = field(z, (job, OUT_EDGE)), field(z, (job, LD))
-    return (max(1, WIDTH // eb // bo) * bo * ld + (WIDTH // eb) ** 2) * eb
+    return (max(1, 2 * (WIDTH // eb) // bo) * bo * ld + (WIDTH // eb) ** 2) * eb
 
 
 @jit
@@ -265,6 +268,13 @@ def _dot_entries(z: Any, eb: int, job: int, dt: int, xt: int, vecs: int, entries
         while geti(z, (ptr, r + 1)) <= e:
             r += 1
         stop, a = min(entries[1], geti(z, (ptr, r + 1))), dt + r * line
+        while e + 8 <= stop:
+            p, q = xt + geti(z, (idx, e)) * line, xt + geti(z, (idx, e + 1)) * line
+            s, t = xt + geti(z, (idx, e + 2)) * line, xt + geti(z, (idx, e + 3)) * line
+            g, h = xt + geti(z, (idx, e + 4)) * line, xt + geti(z, (idx, e + 5)) * line
+            k, n = xt + geti(z, (idx, e + 6)) * line, xt + geti(z, (idx, e + 7)) * line
+            dots8(z, (vecs, dw + e * eb, a, p, q, s, t, g, h, k, n))
+            e += 8
         while e + 4 <= stop:
             p, q = xt + geti(z, (idx, e)) * line, xt + geti(z, (idx, e + 1)) * line
             s, t = xt + geti(z, (idx, e + 2)) * line, xt + geti(z, (idx, e + 3)) * line
