@@ -33,11 +33,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore=tests/aot -n $(WORKERS) --dist worksteal
 
-# Formatting, lint and types.
+# Formatting, lint, types and sizes.
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.sizes
 
 # Compile the kernels for sm_80, sm_90 and sm_100, without a GPU, and look at the machine code:
 # most for sm_90, and a third for the others unless SPARSEKERN_AOT=all.

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.environment import save
-from sparsekern import data, training
-from sparsekern.config import PRESETS
+from benchmarks.result_files import save
+from sparsekern.training import data, trainer
+from sparsekern.training.config import PRESETS
 
 
 class Row(NamedTuple):
@@ -54,7 +54,7 @@ def train(job: tuple[Row, int, str]) -> float:
     torch.set_num_threads(1)
     config = replace(PRESETS["fashion-mnist"], block=row.block, weight_decay=row.weight_decay)
     images = data.load("fashion-mnist", folder)
-    return 100 * training.run(config, images, row.method, seed).accuracy
+    return 100 * trainer.run(config, images, row.method, seed).accuracy
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.environment import save
-from benchmarks.models import char_gru
-from sparsekern import data, training
-from sparsekern.config import PRESETS
+from benchmarks.result_files import save
+from sparsekern.models import char_gru
+from sparsekern.training import data, trainer
+from sparsekern.training.config import PRESETS
 
 METHODS = ("dense", "static", "rigl")
 CONFIG = replace(
@@ -45,7 +45,7 @@ def train(job: tuple[str, int, str]) -> dict[str, Any]:
     method, seed, path = job
     torch.set_num_threads(1)
     text = data.load("text", path, CONFIG.seq_len)
-    result = training.run(CONFIG, text, method, seed)
+    result = trainer.run(CONFIG, text, method, seed)
     return {
         "bits_per_character": result.bits_per_character,
         "accuracy": 100 * result.accuracy,

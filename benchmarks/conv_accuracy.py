@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.environment import RESULTS, save
-from benchmarks.models import lenet_5
-from sparsekern import data, training
-from sparsekern.config import PRESETS
+from benchmarks.result_files import RESULTS, save
+from sparsekern.models import lenet_5
+from sparsekern.training import data, trainer
+from sparsekern.training.config import PRESETS
 
 ROWS = {"dense": ("dense", 1), "static": ("static", 1), "rigl": ("rigl", 1), "rigl 2x": ("rigl", 2)}
 """By name: the method, and the length of training as a multiple."""
@@ -51,7 +51,7 @@ def train(job: tuple[str, int, str]) -> dict[str, Any]:
     method, length = ROWS[name]
     torch.set_num_threads(1)
     config = replace(CONFIG, epochs=length * CONFIG.epochs)
-    result = training.run(config, data.load("fashion-mnist", folder), method, seed)
+    result = trainer.run(config, data.load("fashion-mnist", folder), method, seed)
     return {
         "accuracy": 100 * result.accuracy,
         "flops": asdict(result.flops),

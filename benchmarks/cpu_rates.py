@@ -1,4 +1,4 @@
-"""The rates of `sparsekern.planning.cpu_rates`, fitted to what was measured.
+"""The rates of `sparsekern.cost.cpu_rates`, fitted to what was measured.
 
     python -m benchmarks.cpu_rates [--results benchmarks/results/cpu/suite.json]
 
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.environment import RESULTS
-from sparsekern.bench.results import Results, Row, read
+from benchmarks.comparing.results import Results, Row, read
+from benchmarks.result_files import RESULTS
+from sparsekern.cost.cpu_rates import FIXED, kind_of, stored_seconds
 from sparsekern.errors import DataError
-from sparsekern.planning.cpu_rates import FIXED, kind_of, stored_seconds
 
 GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 SECONDS_WEIGHT = 0.1  # of a time, where a ratio has 1

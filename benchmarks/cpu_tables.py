@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparing import plot
+from benchmarks.comparing.curves import digest
+from benchmarks.comparing.results import Results, Row, read
 from benchmarks.end_to_end import VARIANTS
 from benchmarks.end_to_end_networks import NETWORKS
-from benchmarks.environment import RESULTS
+from benchmarks.result_files import RESULTS
 from benchmarks.suite import bench_conv2d, bench_linear, bench_recurrent
-from sparsekern.bench import plot
-from sparsekern.bench.curves import digest
-from sparsekern.bench.results import Results, Row, read
 
 CPU = RESULTS / "cpu"
 SUITE, END_TO_END = CPU / "suite.json", CPU / "end_to_end.json"

@@ -32,15 +32,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.end_to_end_data import images, text
 from benchmarks.end_to_end_networks import NETWORKS, Network
-from benchmarks.environment import RESULTS, environment
 from benchmarks.paired import ratios
+from benchmarks.result_files import RESULTS
 from benchmarks.suite.convert import unwritable
-from sparsekern.accounting import held_bytes
-from sparsekern.data import Dataset
-from sparsekern.profiling.memory import peak_bytes
-from sparsekern.progress import Progress
+from sparsekern.cost.held import held_bytes
+from sparsekern.cost.memory import peak_bytes
+from sparsekern.show.environment import environment
+from sparsekern.show.progress import Progress
 from sparsekern.swap import sparse_layers
-from sparsekern.training import Trainer, total_steps
+from sparsekern.training.data import Dataset
+from sparsekern.training.trainer import Trainer, total_steps
 
 VARIANTS = ("dense", "masked", "sparse")
 LAST_SHARE = 0.1

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from sparsekern import data
-from sparsekern.data import CLASSES, Dataset, Images, Text
+from sparsekern.training import data
+from sparsekern.training.data import CLASSES, Dataset, Images, Text
 
 
 def made_images(count: int, edge: int) -> Images:

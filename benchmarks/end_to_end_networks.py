@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from benchmarks.models import small_gpt
-from sparsekern.config import TrainConfig
+from sparsekern.models import small_gpt
+from sparsekern.training.config import TrainConfig
 
 
 @dataclass(frozen=True)

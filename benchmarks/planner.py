@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from benchmarks.environment import save
+from benchmarks.result_files import save
 from benchmarks.suite.layers import step
-from sparsekern.accounting import paired_step_times
-from sparsekern.blocks import Block
+from sparsekern.cost.timing import paired_step_times
+from sparsekern.topology.blocks import Block
 
 BLOCKS: tuple[Block, ...] = (1, 16, 32, 64, 128)
 DENSITIES = (0.1, 0.25)

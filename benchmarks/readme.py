@@ -1,4 +1,4 @@
-"""Fill the README's tables from benchmarks/results/, and draw its figures.
+"""Fill the tables of README.md and docs/ from benchmarks/results/, and draw the figures.
 
     python -m benchmarks.readme
 
@@ -14,12 +14,13 @@ from typing import Any
 
 from benchmarks import cpu_tables
 from benchmarks.cpu_tables import from_json, from_suite, weights
-from benchmarks.environment import RESULTS
 from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
-from sparsekern.planning.roofline import H200, Device, Problem, Roofline, device_named
+from benchmarks.result_files import RESULTS
+from sparsekern.cost.roofline import H200, Device, Problem, Roofline, device_named
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 GPU_BLOCKS = (128, 64, 32, 16, 1)
 GPU_DENSITY = 0.1
 
@@ -98,7 +99,7 @@ def gpu(found: list[tuple[Path, dict[str, Any]]]) -> str:
     tables = []
     for path, content in found:
         key, facts = content["key"], content["environment"]
-        place = path.relative_to(README.parent).as_posix()
+        place = f"../{path.relative_to(ROOT).as_posix()}"  # from docs/
         tables.append(
             f"{_gpu_table(device_named(key['device']), content)}\n\n"
             f"Measured on {key['device']}, torch {key['torch']}, triton {key['triton']}, "
@@ -150,16 +151,26 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README's text with every table made anew from its results."""
-    for name, table in TABLES.items():
+    """A page's text with its tables made anew from their results.
+
+    Raises:
+        ValueError: a table begins and does not end.
+    """
+    for name in marked(text):
         head, begin, rest = text.partition(f"<!-- {name} -->\n")
         _, end, tail = rest.partition(f"\n<!-- /{name} -->")
         if not (begin and end):
-            raise ValueError(f"the README has no lines for a table between the marks of {name!r}")
-        text = f"{head}<!-- {name} -->\n{table()}\n<!-- /{name} -->{tail}"
+            raise ValueError(f"a page has no lines for a table between the marks of {name!r}")
+        text = f"{head}<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->{tail}"
     return text
+
+
+def marked(text: str) -> list[str]:
+    """The tables that a page has marks for."""
+    return [name for name in TABLES if f"<!-- {name} -->" in text]
 
 
 if __name__ == "__main__":
     cpu_tables.draw_figures()
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.environment import save
+from benchmarks.result_files import save
 from sparsekern import RigL, SparseLinear
 
 GIB = 2**30

@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsekern.cli import main
+from sparsekern.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

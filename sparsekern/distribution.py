@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from sparsekern.blocks import check_sparsity
 from sparsekern.errors import ConfigError
+from sparsekern.topology.blocks import check_sparsity
 
 Shapes = Mapping[str, Sequence[int]]
 """Weight shapes by layer name: (out, in) or (out, in, *kernel)."""

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sparsekern.blocks import Block, active_count, as_block, check_sparsity
 from sparsekern.distribution import distribute
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn import SparseLayer
+from sparsekern.nn.connections import topology_of_largest
 from sparsekern.nn.conv_arguments import check_groups
 from sparsekern.nn.kinds import SPARSE_TYPES, Weight, convert, is_depthwise, weights_of
-from sparsekern.nn.tickets import topology_of_largest
 from sparsekern.ops.dispatch import check_impl
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block, active_count, as_block, check_sparsity
 
 Pattern = str | re.Pattern[str]
 Distribution = str | Mapping[Pattern, float] | Callable[[str, nn.Module], float]

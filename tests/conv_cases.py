@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from support import integers
 
-from sparsekern.geometry import ConvGeometry
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparsekern import data
-from sparsekern.accounting import paired_step_times
-from sparsekern.config import TrainConfig
-from sparsekern.training import Trainer, run
+from sparsekern.cost.timing import paired_step_times
+from sparsekern.training import data
+from sparsekern.training.config import TrainConfig
+from sparsekern.training.trainer import Trainer, run
 
 DENSE_F = 2 * (64 * 32 + 32 * 10)
 BIASES = 32 + 10

@@ -7,9 +7,9 @@ import zlib
 
 import pytest
 
-from sparsekern.bench import compare, curves, plot
-from sparsekern.bench.results import KIND, VERSION, Timing, read
-from sparsekern.cli import main
+from benchmarks.__main__ import main
+from benchmarks.comparing import compare, curves, plot
+from benchmarks.comparing.results import KIND, VERSION, Timing, read
 from sparsekern.errors import ConfigError, DataError
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
@@ -300,7 +300,7 @@ def test_what_one_file_lost_is_missing(saved, capsys, name):
     assert found.new == ((f"{FIRST}: peak bytes",) if name == "kind" else ())
     assert compare.compare(new, old, relative_to=relative_to).new == (line,)
     options = ["--fail-on-slower"] + (["--relative-to", relative_to] if relative_to else [])
-    assert main(["bench", "compare", str(old.path), str(new.path), *options]) == 1
+    assert main(["compare", str(old.path), str(new.path), *options]) == 1
     assert f"missing: 1\n  {line}" in capsys.readouterr().out
 
 
@@ -429,22 +429,22 @@ def test_nothing_is_drawn_into_no_folder(saved, tmp_path):
 
 def test_compare_prints_and_fails_if_asked(saved, capsys):
     old, new = saved(content(), "old.json"), saved(content(), "new.json")
-    assert main(["bench", "compare", str(old), str(new), "--fail-on-slower"]) == 0
+    assert main(["compare", str(old), str(new), "--fail-on-slower"]) == 0
     assert "24 the same within noise" in capsys.readouterr().out
     data = content()
     seconds(data, 0, median=2.0)
     new.write_text(json.dumps(data))
-    assert main(["bench", "compare", str(old), str(new)]) == 0
-    assert main(["bench", "compare", str(old), str(new), "--fail-on-slower"]) == 1
+    assert main(["compare", str(old), str(new)]) == 0
+    assert main(["compare", str(old), str(new), "--fail-on-slower"]) == 1
     assert "+100.0%  linear/speed/2048x2048/block 32/0.05: seconds 1 -> 2" in (
         capsys.readouterr().out
     )
-    assert main(["bench", "compare", str(new), str(old), "--fail-on-slower"]) == 0
+    assert main(["compare", str(new), str(old), "--fail-on-slower"]) == 0
 
 
 def test_plot_writes_beside_the_file(saved, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert main(["bench", "plot", str(saved(content()))]) == 0
+    assert main(["plot", str(saved(content()))]) == 0
     assert (tmp_path / "speedup.png").exists()
     assert "memory.png" in capsys.readouterr().out
 
@@ -454,11 +454,11 @@ def test_plot_writes_beside_the_file(saved, tmp_path, capsys):
 )
 def test_bad_files_are_one_line(saved, tmp_path, capsys, arguments):
     paths = {"bad": str(saved("{}")), "none": str(tmp_path / "none.json")}
-    assert main(["bench", *(a.format(**paths) for a in arguments)]) == 2
-    assert capsys.readouterr().err.startswith("sparsekern: error: ")
+    assert main([*(a.format(**paths) for a in arguments)]) == 2
+    assert capsys.readouterr().err.startswith("python -m benchmarks: error: ")
 
 
-@pytest.mark.parametrize("arguments", [["bench"], ["bench", "plot"], ["bench", "draw", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["plot"], ["draw", "x"]])
 def test_unknown_parts_and_options(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import cpu_tables, end_to_end, end_to_end_data  # noqa: E402
+from benchmarks.comparing.results import read  # noqa: E402
 from benchmarks.paired import Beside, Run, quartiles, ratios  # noqa: E402
 from benchmarks.suite import __main__ as driver  # noqa: E402
 from benchmarks.suite import (  # noqa: E402
@@ -25,8 +26,7 @@ from benchmarks.suite import (  # noqa: E402
     convert,
     problem,
 )
-from sparsekern.bench.results import read  # noqa: E402
-from sparsekern.profiling.memory import peak_bytes  # noqa: E402
+from sparsekern.cost.memory import peak_bytes  # noqa: E402
 
 FAMILIES = {
     "linear": bench_linear,

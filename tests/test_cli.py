@@ -8,9 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from sparsekern import data, picture, report
-from sparsekern.cli import main
-from sparsekern.config import PRESETS, TrainConfig
+from sparsekern.cli.main import main
 from sparsekern.errors import (
     ConfigError,
     DeviceError,
@@ -20,8 +18,11 @@ from sparsekern.errors import (
     TrainingLoopError,
     UnavailableError,
 )
-from sparsekern.network import build
-from sparsekern.training import run
+from sparsekern.show.environment import environment
+from sparsekern.training import data, picture, report
+from sparsekern.training.config import PRESETS, TrainConfig
+from sparsekern.training.network import build
+from sparsekern.training.trainer import run
 
 TINY = ["train", "--hidden", "32", "--sparsity", "0.9", "--epochs", "2", "--update-freq", "5"]
 TINY.append("--quiet")
@@ -72,8 +73,9 @@ def test_json_says_everything(results):
     assert set(results) == facts
     assert results["unigram_entropy"] is None
     assert set(results["config"]) == set(TrainConfig.__dataclass_fields__)
-    environment = {"sparsekern", "commit", "python", "torch", "numpy", "platform", "processor"}
-    assert set(results["environment"]) == environment | {"threads", "device"}
+    assert results["environment"] == environment(torch.device("cpu")) | {
+        key: results["environment"][key] for key in ("date", "commit", "threads")
+    }
     assert list(results["methods"]) == ["dense", "static", "set", "rigl"]
     for method, facts in results["methods"].items():
         assert set(facts["summary"]) == set(report.Row.__dataclass_fields__) - {"method"}

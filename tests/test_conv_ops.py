@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import ops
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError
-from sparsekern.geometry import ConvGeometry
 from sparsekern.ops import conv_library
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
 CPU_BLOCKS = ((1, 1), (1, 1), (4, 4), (2, 3), (16, 16), (8, 16), (32, 32))

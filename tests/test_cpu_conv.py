@@ -10,8 +10,9 @@ from support import UNIT_ROUNDOFF, AllocationTracer, assert_within, integer_valu
 from torch.nn import functional
 
 from sparsekern.errors import ShapeError
-from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import cpu, cpu_choice, cpu_conv, cpu_conv_torch
+from sparsekern.ops.cpu import backend, conv, unfold
+from sparsekern.ops.cpu import choice as cpu_choice
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of
 from sparsekern.topology import Topology
 
@@ -73,10 +74,10 @@ def case_id(case):
 def _fine_grained(monkeypatch):
     # tiny cases are otherwise one chunk on one thread
     if "jit" in NAMES:
-        jit = importlib.import_module("sparsekern.ops.cpu_conv_job")
+        jit = importlib.import_module("sparsekern.ops.cpu.jit.conv_job")
         monkeypatch.setattr(jit, "GRAIN", 1)
         monkeypatch.setattr(jit, "BYTES", 1 << 13)
-    monkeypatch.setattr(importlib.import_module("sparsekern.ops.cpu_conv_torch"), "ELEMENTS", 4096)
+    monkeypatch.setattr(importlib.import_module("sparsekern.ops.cpu.unfold"), "ELEMENTS", 4096)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -161,14 +162,14 @@ def expected(x, dy, values, t, g, bias):
 
 
 def products(x, dy, values, t, g, bias=None):
-    dx, dw = cpu.conv2d_backward(dy, x, values, t, g)
+    dx, dw = backend.conv2d_backward(dy, x, values, t, g)
     size = (x.shape[2], x.shape[3])
     return (
-        cpu.conv2d(x, values, t, g, bias),
+        backend.conv2d(x, values, t, g, bias),
         dx,
         dw,
-        cpu.conv2d_dgrad(dy, values, t, g, size=size),
-        cpu.conv2d_wgrad(dy, x, t, g),
+        backend.conv2d_dgrad(dy, values, t, g, size=size),
+        backend.conv2d_wgrad(dy, x, t, g),
     )
 
 
@@ -210,7 +211,7 @@ MANY = [
 @pytest.mark.parametrize(("block", "name"), MANY)
 def test_many_images_and_channels_in_several_chunks(block, name, monkeypatch):
     if name == "jit":
-        job = importlib.import_module("sparsekern.ops.cpu_conv_job")
+        job = importlib.import_module("sparsekern.ops.cpu.jit.conv_job")
         monkeypatch.setattr(job, "BYTES", 1 << 17)
     else:
         monkeypatch.undo()
@@ -352,7 +353,7 @@ def test_callers_in_several_threads(name):
 
 @pytest.mark.skipif("jit" not in NAMES, reason="needs numba")
 def test_neighbours_share_their_padding():
-    line = importlib.import_module("sparsekern.ops.cpu_conv_line").Line
+    line = importlib.import_module("sparsekern.ops.cpu.jit.conv_line").Line
     plain = line.of(8, (14, 14), ConvGeometry((3, 3), padding=(1, 1)))
     assert plain.length == 8 * 15 * 15
     assert plain.reach == 2 * 15 + 2
@@ -367,12 +368,12 @@ def test_far_apart_taps_are_unfolded_in_bounded_windows(monkeypatch):
     t = Topology.random((512, 9 * 512), 16, sparsity=0.99, taps=9)
     image = torch.empty(1, 512, 64, 64)
     near, far = (ConvGeometry((3, 3), (1, 1), (d, d), (d, d)) for d in (1, 24))
-    run = [cpu_conv.plan(t, g, image)[0] for g in (near, far)]
+    run = [conv.plan(t, g, image)[0] for g in (near, far)]
     jit = cpu_choice.has_numba()
-    assert isinstance(run[0], cpu_conv_torch.Products) != jit
-    assert isinstance(run[1], cpu_conv_torch.Products)
+    assert isinstance(run[0], unfold.Products) != jit
+    assert isinstance(run[1], unfold.Products)
 
-    monkeypatch.setattr(cpu_conv, "SPAN_BYTES", 0)
+    monkeypatch.setattr(conv, "SPAN_BYTES", 0)
     for block in (1, 16):
         small = Topology.random((40, 9 * 20), block, sparsity=0.5, taps=9)
         values = integer_values(small)
@@ -383,7 +384,7 @@ def test_far_apart_taps_are_unfolded_in_bounded_windows(monkeypatch):
         leaf = x.clone().requires_grad_()
         y = functional.conv2d(leaf, weight, None, 1, 2, 2)
         dx, dw = torch.autograd.grad(y, (leaf, weight), dy)
-        assert torch.equal(cpu.conv2d(x, values, small, g, None), y)
-        found = cpu.conv2d_backward(dy, x, values, small, g)
+        assert torch.equal(backend.conv2d(x, values, small, g, None), y)
+        found = backend.conv2d_backward(dy, x, values, small, g)
         assert torch.equal(found[0], dx)
         assert torch.equal(found[1], small.pack(dw.permute(0, 2, 3, 1).reshape(small.shape)))

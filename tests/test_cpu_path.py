@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsekern.errors import ConfigError, DtypeError, UnavailableError
-from sparsekern.ops import cpu, cpu_choice
+from sparsekern.ops.cpu import backend, choice
 from sparsekern.topology import Topology
 
-NAMES = ("jit", "blas", "csr") if cpu_choice.has_numba() else ("blas", "csr")
+NAMES = ("jit", "blas", "csr") if choice.has_numba() else ("blas", "csr")
 TOKENS = (0, 1, 2, 7, 64, 65, 513)
 
 # shape, block, sparsity: every block family, ragged edges, empty rows, full
@@ -59,7 +59,7 @@ def case_id(case):
 def _fine_grained(monkeypatch):
     # tiny cases are otherwise left to one thread
     if "jit" in NAMES:
-        monkeypatch.setattr(importlib.import_module("sparsekern.ops.cpu_jit"), "GRAIN", 1)
+        monkeypatch.setattr(importlib.import_module("sparsekern.ops.cpu.jit.linear"), "GRAIN", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -107,8 +107,14 @@ def draw(shape, block, sparsity, seed=0):
 
 
 def products(x, dy, values, t, bias=None):
-    dx, dw = cpu.backward(dy, x, values, t)
-    return cpu.spmm(x, values, t, bias), dx, dw, cpu.spmm_t(dy, values, t), cpu.sddmm(dy, x, t)
+    dx, dw = backend.backward(dy, x, values, t)
+    return (
+        backend.spmm(x, values, t, bias),
+        dx,
+        dw,
+        backend.spmm_t(dy, values, t),
+        backend.sddmm(dy, x, t),
+    )
 
 
 @pytest.mark.parametrize(("case", "name"), RUNS, ids=case_id)
@@ -121,7 +127,7 @@ def test_exact_on_integers(case, name):
     values, bias = integers(t.nnzb, *block, dtype=dtype), integers(shape[0], dtype=dtype)
     bias = bias if m % 2 else None
     kept = [a.clone() for a in (x, dy, values)]
-    with cpu_choice.force(name):
+    with choice.force(name):
         y, dx, dw, dx2, dw2 = products(x, dy, values, t, bias)
     w = dense(t, values)
     want = x.double() @ w.t() + (0 if bias is None else bias)
@@ -138,7 +144,7 @@ def test_exact_on_integers(case, name):
 def test_no_active_block(block, name):
     t = Topology.from_positions(torch.zeros(0, dtype=torch.int64), (40, 70), block)
     values, bias = torch.zeros(0, *t.block), integers(40)
-    with cpu_choice.force(name):
+    with choice.force(name):
         y, dx, dw, *_ = products(integers(9, 70), integers(9, 40), values, t, bias)
     assert torch.equal(y, bias.expand(9, 40))
     assert torch.equal(dx, torch.zeros(9, 70))
@@ -152,7 +158,7 @@ def test_within_the_a_priori_bound(block, dtype, name):
     t = draw((150, 203), block, 0.5)
     x, dy = torch.randn(130, 203).to(dtype), torch.randn(130, 150).to(dtype)
     values, bias = torch.randn(t.nnzb, *t.block).to(dtype), torch.randn(150).to(dtype)
-    with cpu_choice.force(name):
+    with choice.force(name):
         y, dx, dw, *_ = products(x, dy, values, t, bias)
     w, x, dy, bias = dense(t, values), x.double(), dy.double(), bias.double()
     within(y, x @ w.t() + bias, x.abs() @ w.abs().t() + bias.abs(), 203 + 1)
@@ -175,7 +181,7 @@ def test_not_finite_stays_where_it_belongs(bad, block, name):
     t = draw((70, 90), block, 0.6)
     x, dy, values = torch.ones(66, 90), torch.ones(66, 70), torch.ones(t.nnzb, *t.block)
     x[3, 89], dy[3, 69] = bad, bad
-    with cpu_choice.force(name):
+    with choice.force(name):
         y, dx, dw, *_ = products(x, dy, values, t)
     w = dense(t, values)
     reached = [w[:, 89] != 0, w[69] != 0]
@@ -194,7 +200,7 @@ def test_garbage_in_the_padding_of_values_is_never_read(block, name):
     clean = sampled(t, dense(t, values)).float()
     dirty = torch.where(sampled(t, torch.ones(70, 90)) != 0, values, float("nan"))
     x, dy = integers(9, 90), integers(9, 70)
-    with cpu_choice.force(name):
+    with choice.force(name):
         for a, b in zip(products(x, dy, clean, t), products(x, dy, dirty, t), strict=True):
             assert torch.equal(a, b)
 
@@ -213,7 +219,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_dense_is_allocated(block, name):
     t = draw((512, 640), block, 0.95)
     x, dy, values = torch.ones(48, 640), torch.ones(48, 512), torch.ones(t.nnzb, *t.block)
-    with cpu_choice.force(name), Largest() as largest:
+    with choice.force(name), Largest() as largest:
         products(x, dy, values, t, torch.ones(512))
     assert 0 < largest.numel < 512 * 640 // 4
 
@@ -224,7 +230,7 @@ def test_same_bits_again_and_for_any_number_of_threads(block, name):
     t = draw((200, 300), block, 0.6)
     x, dy, values = torch.randn(333, 300), torch.randn(333, 200), torch.randn(t.nnzb, *t.block)
     outs = []
-    with cpu_choice.force(name):
+    with choice.force(name):
         for threads in (1, 1, 2, 3, 2):
             torch.set_num_threads(threads)
             outs.append(products(x, dy, values, t))
@@ -237,12 +243,12 @@ def test_same_bits_again_and_for_any_number_of_threads(block, name):
 def test_callers_in_several_threads(name):
     t = draw((128, 128), 32, 0.5)
     x, dy, values = integers(200, 128), integers(200, 128), integers(t.nnzb, 32, 32)
-    with cpu_choice.force(name):
+    with choice.force(name):
         want = products(x, dy, values, t)
     wrong = []
 
     def call():
-        with cpu_choice.force(name):
+        with choice.force(name):
             for _ in range(20):
                 got = products(x, dy, values, t)
                 wrong.extend(a for a, b in zip(got, want, strict=True) if not torch.equal(a, b))
@@ -258,32 +264,32 @@ def test_the_rule_can_be_asked_and_overridden(monkeypatch):
     small, large = draw((64, 64), 4, 0.5), draw((64, 64), 32, 0.5)
     usual = ("jit", "jit") if "jit" in NAMES else ("csr", "blas")
     assert (
-        cpu_choice.backend_for(small, torch.float32),
-        cpu_choice.backend_for(large, torch.bfloat16),
+        choice.backend_for(small, torch.float32),
+        choice.backend_for(large, torch.bfloat16),
     ) == usual
-    monkeypatch.setattr(cpu_choice, "has_numba", lambda: False)
-    assert cpu_choice.backend_for(small, torch.float32) == "csr"
-    assert cpu_choice.backend_for(large, torch.float64) == "blas"
+    monkeypatch.setattr(choice, "has_numba", lambda: False)
+    assert choice.backend_for(small, torch.float32) == "csr"
+    assert choice.backend_for(large, torch.float64) == "blas"
     monkeypatch.setenv("SPARSEKERN_CPU", "blas")
-    assert cpu_choice.backend_for(small, torch.float32) == "blas"
-    with cpu_choice.force("csr"):
-        assert cpu_choice.backend_for(small, torch.float32) == "csr"
+    assert choice.backend_for(small, torch.float32) == "blas"
+    with choice.force("csr"):
+        assert choice.backend_for(small, torch.float32) == "csr"
     with pytest.raises(DtypeError, match="int32"):
-        cpu_choice.backend_for(small, torch.int32)
-    with pytest.raises(ConfigError, match="got 'mkl'"), cpu_choice.force("mkl"):
+        choice.backend_for(small, torch.int32)
+    with pytest.raises(ConfigError, match="got 'mkl'"), choice.force("mkl"):
         pass
-    with pytest.raises(UnavailableError, match="needs numba"), cpu_choice.force("jit"):
+    with pytest.raises(UnavailableError, match="needs numba"), choice.force("jit"):
         pass
 
 
 HEAD = """
 import os, sys, torch
 if {block_numba}: sys.modules["numba"] = None
-from sparsekern.ops import cpu, cpu_choice
+from sparsekern.ops.cpu import backend, choice
 from sparsekern.topology import Topology
 t = Topology.random((64, 64), {block}, sparsity=0.5)
 x, v = torch.ones(128, 64), torch.ones(t.nnzb, *t.block)
-def go(): return cpu.spmm(x, v, t, None), *cpu.backward(x, x, v, t)
+def go(): return backend.spmm(x, v, t, None), *backend.backward(x, x, v, t)
 """
 
 
@@ -299,7 +305,7 @@ def run_python(code, **fields):
 
 @pytest.mark.parametrize(("block", "name"), [(1, "csr"), (32, "blas")])
 def test_runs_without_numba(block, name):
-    code = "go(); print(cpu_choice.backend_for(t, x.dtype))"
+    code = "go(); print(choice.backend_for(t, x.dtype))"
     assert run_python(code, block_numba=True, block=block) == name
 
 
@@ -307,7 +313,7 @@ def test_runs_without_numba(block, name):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_starts_its_own_threads():
     code = (
-        "from sparsekern.ops import cpu_jit; cpu_jit.GRAIN = 1; torch.set_num_threads(2)\n"
+        "from sparsekern.ops.cpu.jit import linear; linear.GRAIN = 1; torch.set_num_threads(2)\n"
         "want = go(); pid = os.fork()\n"
         "same = all(torch.equal(a, b) for a, b in zip(want, go()))\n"
         "if pid == 0: os._exit(0 if same else 1)\n"

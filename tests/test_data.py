@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekern import data
 from sparsekern.errors import ConfigError, DataError, UnavailableError
+from sparsekern.training import data
 
 STEMS = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekern import example_options
+from sparsekern.cli import options as example_options
 from sparsekern.errors import ConfigError
 
 MODULE = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekern import examples
+from sparsekern.cost import examples
 from sparsekern.errors import ModelError
 
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import sparsekern as sk
 from sparsekern import ops
-from sparsekern.geometry import ConvGeometry
 from sparsekern.ops import flops, library
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,46 +11,30 @@ import sparsekern
 
 ROOT = Path(sparsekern.__file__).resolve().parent.parent
 
-# A module may import from its own layer and from those to the left of it.
-LAYERS = [
+# A floor a line. A room may import from the floors above its own line, and from itself.
+FLOORS = [
     ("sparsekern.errors",),
-    ("sparsekern.select", "sparsekern.geometry", "sparsekern.devices"),
-    ("sparsekern.blocks", "sparsekern.kernels"),
-    ("sparsekern.sampling",),
+    ("sparsekern.devices", "sparsekern.kernels", "sparsekern.show"),
     ("sparsekern.topology",),
     ("sparsekern.ops",),
     ("sparsekern.nn",),
-    ("sparsekern.swap", "sparsekern.methods", "sparsekern.distribution"),
-    (
-        "sparsekern.accounting",
-        "sparsekern.bench",
-        "sparsekern.config",
-        "sparsekern.counters",
-        "sparsekern.data",
-        "sparsekern.example_options",
-        "sparsekern.examples",
-        "sparsekern.idx",
-        "sparsekern.models",
-        "sparsekern.network",
-        "sparsekern.output_files",
-        "sparsekern.picture",
-        "sparsekern.planning",
-        "sparsekern.environment",
-        "sparsekern.profiling",
-        "sparsekern.tables",
-        "sparsekern.progress",
-        "sparsekern.report",
-        "sparsekern.training",
-        "sparsekern.tuning",
-    ),
-    ("sparsekern.cli", "sparsekern.__main__"),
+    ("sparsekern.carry", "sparsekern.counters", "sparsekern.distribution"),
+    ("sparsekern.swap",),
+    ("sparsekern.methods",),
+    ("sparsekern.cost",),
+    ("sparsekern.profiling", "sparsekern.planning"),
+    ("sparsekern.models", "sparsekern.training", "sparsekern.tuning"),
+    ("sparsekern.cli",),
+    ("sparsekern.__main__",),
 ]
 
 
-def layer_of(module):
-    for depth, prefixes in enumerate(LAYERS):
-        if any(module == p or module.startswith(p + ".") for p in prefixes):
-            return depth
+def room_of(module):
+    """The floor of a module and its room there; None for the package itself and what is foreign."""
+    for floor, rooms in enumerate(FLOORS):
+        for room in rooms:
+            if module == room or module.startswith(room + "."):
+                return floor, room
     return None
 
 
@@ -77,14 +61,21 @@ def imported(name, path):
 
 
 @pytest.mark.parametrize(("name", "path"), [m for m in modules() if m[0] != "sparsekern"])
-def test_no_import_runs_back_up_the_layers(name, path):
-    depth = layer_of(name)
-    assert depth is not None, f"{name} has no place in LAYERS"
+def test_no_import_runs_back_up_the_floors_or_to_a_neighbour(name, path):
+    place = room_of(name)
+    assert place is not None, f"{name} has no place in FLOORS"
     for target in imported(name, path):
-        if target.startswith("sparsekern.") and layer_of(target) is not None:
-            assert layer_of(target) <= depth, f"{name} imports {target}"
+        at = room_of(target)
+        if at is not None:
+            assert at[0] < place[0] or at == place, f"{name} imports {target}"
         if name.startswith("sparsekern.kernels.") and target.startswith("sparsekern"):
             assert target.startswith("sparsekern.kernels"), f"{name} imports {target}"
+
+
+def test_every_room_exists():
+    known = {name for name, _ in modules()}
+    for room in (room for rooms in FLOORS for room in rooms):
+        assert room in known, room
 
 
 def run(code, **env):
@@ -128,6 +119,9 @@ after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabl
 assert before == after
 import sys
 assert "numba" not in sys.modules
+upper = ("cli", "models", "training", "tuning")
+loaded = [n for n in sys.modules if n.startswith("sparsekern.") and n.split(".")[1] in upper]
+assert not loaded, loaded
 assert not any(name.startswith("sparsekern.kernels") for name in sys.modules)
 """
     result = run(code)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sparsekern import sparse_layers, sparsify_
-from sparsekern.blocks import active_count
 from sparsekern.distribution import distribute
+from sparsekern.topology.blocks import active_count
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +23,7 @@ def _benchmarks_are_importable():
 
 
 def zoo():
-    from benchmarks import models
+    from sparsekern import models
 
     vgg = partial(models.vgg_16, 1000, image_size=224, batch_norm=False, hidden=(4096, 4096))
     vit_s = partial(models.vit, 1000, image_size=224, patch=16, width=384, depth=12, heads=6)
@@ -66,7 +66,7 @@ def weights(model):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_and_flops_at_density_1(name):
-    from benchmarks.models.flops import forward_flops
+    from sparsekern.models.flops import forward_flops
 
     build, tensors, count, parameters, flops, shape = zoo()[name]
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def test_sizes_and_flops_at_density_1(name):
 
 
 def test_docstrings_say_what_is_true():
-    from benchmarks import models
+    from sparsekern import models
 
     for name, (_, _, _, parameters, flops, _) in zoo().items():
         documented = getattr(models, name.split()[0]).__doc__
@@ -136,7 +136,7 @@ SPARSITIES = {
 @pytest.fixture(scope="module")
 def resnet_50():
     """Weight shapes and forward FLOPs of each layer of ResNet-50."""
-    from benchmarks.models import resnet_50 as build
+    from sparsekern.models import resnet_50 as build
 
     with torch.device("meta"):
         model = build().eval()
@@ -184,7 +184,7 @@ def test_erk_sparsities_of_resnet_50(resnet_50, sparsity):
 @pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
 def test_resnet_50_holds_exactly_the_weights_that_the_reference_code_gives_it(distribution):
-    from benchmarks.models import resnet_50
+    from sparsekern.models import resnet_50
 
     model = resnet_50()
     shapes = {name: tuple(w.shape) for name, w in weights(model).items()}
@@ -207,7 +207,7 @@ def test_resnet_50_holds_exactly_the_weights_that_the_reference_code_gives_it(di
 
 
 def test_mobilenet_keeps_its_depthwise_convolutions_dense():
-    from benchmarks.models import mobilenet_v1
+    from sparsekern.models import mobilenet_v1
 
     model = sparsify_(mobilenet_v1(width=0.25), 0.75, distribution="uniform")
     kept = [m for m in model.modules() if type(m) is nn.Conv2d]
@@ -233,7 +233,7 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_training_step_on_images(name, layout):
-    from benchmarks import models
+    from sparsekern import models
 
     arguments, shape = SMALL[name]
     model = getattr(models, name)(**arguments).to(memory_format=layout)
@@ -246,7 +246,7 @@ def test_a_training_step_on_images(name, layout):
 
 @pytest.mark.parametrize("name", ["char_gru", "small_gpt"])
 def test_a_training_step_on_text(name):
-    from benchmarks import models
+    from sparsekern import models
 
     model = getattr(models, name)()
     x = torch.randint(256, (2, 7))
@@ -261,7 +261,7 @@ def test_a_training_step_on_text(name):
 
 @pytest.mark.parametrize("name", ["char_gru", "small_gpt"])
 def test_text_models_do_not_look_ahead(name):
-    from benchmarks import models
+    from sparsekern import models
 
     model = getattr(models, name)().eval()
     x = torch.randint(256, (1, 9))
@@ -287,7 +287,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_input_is_named(name):
-    from benchmarks import models
+    from sparsekern import models
 
     shape, fragments = WRONG[name]
     dtype = torch.int64 if name in ("small_gpt", "char_gru") else torch.float32
@@ -307,7 +307,7 @@ def test_a_wrong_input_is_named(name):
     ],
 )
 def test_sizes_that_do_not_fit(name, arguments, text):
-    from benchmarks import models
+    from sparsekern import models
 
     with pytest.raises(ValueError, match=text):
         getattr(models, name)(**arguments)

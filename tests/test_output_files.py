@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern import output_files
 from sparsekern.errors import ConfigError
+from sparsekern.show import output_files
 
 
 class Result:

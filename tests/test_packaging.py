@@ -78,6 +78,8 @@ from sparsekern.kernels import launch
 assert "/env/" in sparsekern.__file__, sparsekern.__file__
 assert importlib.util.find_spec("kernels") is None
 print(sparsekern.SparseLinear(8, 8)(torch.ones(2, 8)).shape)
+import sparsekern.models
+print(sparsekern.models.lenet_300_100()(torch.ones(2, 784)).shape)
 """
     env["PYTHONPATH"] = str(borrowed)
     result = subprocess.run(

@@ -12,11 +12,11 @@ from planning_models import Mixed, images
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.accounting import held_bytes
+from sparsekern.cost import cpu_rates
+from sparsekern.cost.held import held_bytes
+from sparsekern.cost.predict import CudaTimes, _covered, predictor
 from sparsekern.errors import ConfigError, DtypeError, ModelError
-from sparsekern.planning import cpu_rates
 from sparsekern.planning.examine import examine
-from sparsekern.planning.predict import CudaTimes, _covered, predictor
 from sparsekern.planning.share import LEAST_SHARE
 
 
@@ -303,7 +303,7 @@ def test_a_prediction_says_what_it_is_made_from(monkeypatch):
     assert "cpu_rates.py" in sk.plan(wide(), torch.ones(1, 1024), sparsity=0.9).rows[0].source
     double = sk.plan(wide().double(), torch.ones(1, 1024).double(), sparsity=0.9)
     assert "float32, not float64" in double.rows[0].source
-    monkeypatch.setattr("sparsekern.planning.predict.has_numba", lambda: False)
+    monkeypatch.setattr("sparsekern.cost.predict.has_numba", lambda: False)
     plan = sk.plan(wide(), torch.ones(1, 1024), sparsity=0.9)
     assert "numba, which is not installed here" in str(plan)
 

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from sparsekern.accounting import StepTime
+from sparsekern.cost.cpu_rates import FIXED, Work, dense_seconds, sparse_seconds
+from sparsekern.cost.timing import StepTime
 from sparsekern.errors import DataError
-from sparsekern.planning.cpu_rates import FIXED, Work, dense_seconds, sparse_seconds
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_shapes_are_drawn_alike_and_of_both_kinds():
 
 
 def test_the_whole_walk(monkeypatch, capsys, tmp_path):
-    from benchmarks import environment, planner
+    from benchmarks import planner, result_files
     from sparsekern.planning import measure
 
     ratios = {"dense": 1.0, "1": 0.5, "1x1": 0.5}
@@ -49,7 +49,7 @@ def test_the_whole_walk(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(planner, "paired_step_times", times)
     monkeypatch.setattr(measure, "paired_step_times", times)
     monkeypatch.setattr(planner, "MOST_FLOPS", 1e7)
-    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["planner", "--shapes", "2", "--threads", "1"])
     planner.main()
     assert "within 10% of the best: 100% measured (asked: 90%)" in capsys.readouterr().out
@@ -88,7 +88,7 @@ def results(path, rows, threads=2):
     environment = {"threads": threads}
     content = {"kind": "sparsekern benchmarks", "version": 1, "environment": environment}
     path.write_text(json.dumps(content | {"rows": rows}))
-    from sparsekern.bench.results import read
+    from benchmarks.comparing.results import read
 
     return read(path)
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.accounting import StepTime
-from sparsekern.cli import main
+from sparsekern.cli.main import main
+from sparsekern.cost.predict import BreakEven, predictor
+from sparsekern.cost.timing import StepTime
 from sparsekern.errors import ConfigError, MeasurementError
 from sparsekern.planning import PlanInterrupted
 from sparsekern.planning import measure as measuring
 from sparsekern.planning.curves import Curve, density_of
 from sparsekern.planning.examine import examine
-from sparsekern.planning.predict import BreakEven, predictor
 
 DENSE_SECONDS = 0.5
 

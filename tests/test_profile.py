@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekern as sk
-from benchmarks.models import char_gru, resnet_50, small_gpt, wide_resnet_22_2
-from sparsekern.accounting import held_bytes
+from sparsekern.cost.flops import is_free
+from sparsekern.cost.held import held_bytes
 from sparsekern.distribution import distribute
 from sparsekern.errors import ConfigError, DtypeError, ModelError, OptimizerError
+from sparsekern.models import char_gru, resnet_50, small_gpt, wide_resnet_22_2
 from sparsekern.profiling import PruningSchedule, method_costs
-from sparsekern.profiling.flops import is_free
 
 
 def mlp():
@@ -581,7 +581,7 @@ def test_an_optimizer_that_needs_a_closure():
 
 
 def test_the_command(tmp_path, capsys):
-    from sparsekern.cli import main
+    from sparsekern.cli.main import main
 
     path = tmp_path / "profile.json"
     command = ["profile", "torch.nn:Identity", "--input", "2x3", "--json", str(path)]

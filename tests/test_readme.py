@@ -1,4 +1,4 @@
-"""The README says what was measured, and its example runs."""
+"""README.md and docs/ say what was measured, name what exists, and the first example runs."""
 
 import re
 from pathlib import Path
@@ -11,14 +11,22 @@ import sparsekern as sk
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
 
 
 def test_tables_come_from_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.readme import TABLES, filled
+    from benchmarks.readme import PAGES as FILLED
+    from benchmarks.readme import TABLES, filled, marked
 
-    assert all(f"<!-- {name} -->" in README for name in TABLES)
-    assert filled(README) == README, "run `python -m benchmarks.readme`"
+    texts = [page.read_text() for page in FILLED]
+    assert sorted(name for text in texts for name in marked(text)) == sorted(TABLES)
+    for page, text in zip(FILLED, texts, strict=True):
+        assert filled(text) == text, f"{page.name}: run `python -m benchmarks.readme`"
 
 
 def test_figures_come_from_the_results(monkeypatch):
@@ -26,8 +34,19 @@ def test_figures_come_from_the_results(monkeypatch):
     from benchmarks.cpu_tables import stale_figures
 
     assert stale_figures() == [], "run `python -m benchmarks.readme`"
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README, re.DOTALL):
-        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(((?!http)[^)]*)\)", page.read_text(), re.DOTALL):
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        if anchor:
+            titles = re.findall(r"(?m)^#+ (.*)$", found.read_text())
+            assert anchor in {
+                re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles
+            }
 
 
 def test_first_example_runs():
@@ -43,13 +62,14 @@ def test_first_example_runs():
     assert sk.sparse_layers(model)
 
 
-@pytest.mark.parametrize("target", re.findall(r"make ([\w-]+)", README))
-def test_named_targets_exist(target):
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-
-
-def test_named_files_exist():
-    for path in re.findall(r"`((?:kernels|tests|benchmarks)/[\w/]+\.(?:py|json))`", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_targets_and_files_exist(page):
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|    )make ([\w-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(
+        r"`((?:kernels|tests|benchmarks|sparsekern)/[\w/]+\.(?:py|json))`", text
+    ):
         assert (ROOT / path).exists(), path
 
 
@@ -57,5 +77,5 @@ def test_a_table_without_its_marks_is_an_error_and_no_lost_text(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.readme import filled
 
-    with pytest.raises(ValueError, match="no lines for a table between the marks of 'conv'"):
-        filled(README.replace("\n<!-- /conv -->", "<!-- /conv -->"))
+    with pytest.raises(ValueError, match="no lines for a table between the marks of 'speed'"):
+        filled(README.replace("\n<!-- /speed -->", "<!-- /speed -->"))

@@ -27,11 +27,12 @@ from sparsekern.errors import (
     TopologyError,
     UnavailableError,
 )
-from sparsekern.nn.gates import KINDS
 from sparsekern.nn.recurrent import RECURRENT
-from sparsekern.nn.recurrent_base import matrices
-from sparsekern.nn.scan import scan
-from sparsekern.ops import capture, cpu_choice
+from sparsekern.nn.recurrent.base import matrices
+from sparsekern.nn.recurrent.gates import KINDS
+from sparsekern.nn.recurrent.scan import scan
+from sparsekern.ops import capture
+from sparsekern.ops.cpu import choice
 
 TIGHT = 2.0**-40
 IN, H, T, B = 5, 6, 4, 3
@@ -171,7 +172,7 @@ def test_every_implementation_equals_torchs(kind, block, impl):
 def test_every_cpu_backend_equals_torchs(name, block):
     if name == "jit":
         pytest.importorskip("numba")
-    with cpu_choice.force(name):
+    with choice.force(name):
         layer = make(LAYERS, "gru", block=block, impl="cpu")
         assert_same_training(layer, layer.to_dense(), *batch_of("unsorted", layer, True))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsekern.planning.roofline import OPERATIONS, Problem, Roofline, Tile, device_named
+from sparsekern.cost.roofline import OPERATIONS, Problem, Roofline, Tile, device_named
 
 MODEL = Roofline()
 SMALL = Roofline(tile=Tile(tokens=128))

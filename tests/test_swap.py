@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sparsekern import SparseLinear, densify_, sparse_layers, sparsify_
-from sparsekern.blocks import active_count
 from sparsekern.distribution import DISTRIBUTIONS, distribute
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError
+from sparsekern.topology.blocks import active_count
 
 
 def mlp():

@@ -1,6 +1,6 @@
 """Tables of text."""
 
-from sparsekern import tables
+from sparsekern.show import tables
 
 CELLS = [["name", "n"], ["a|b", "1"]]
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from sparsekern.blocks import active_count, as_block, check_sparsity
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError, TopologyError
 from sparsekern.topology import ARRAY_NAMES, Topology
+from sparsekern.topology.blocks import active_count, as_block, check_sparsity
 
 SHAPES = [(1, 1), (7, 9), (16, 16), (17, 15), (33, 64), (50, 3)]
 BLOCKS = [1, 4, (2, 3), (7, 1), (1, 9), 16]

@@ -10,13 +10,13 @@ import torch
 from nets import conv
 from torch import nn
 
-from sparsekern import data, models
-from sparsekern.accounting import forward_flops
-from sparsekern.cli import main
-from sparsekern.config import PRESETS, TrainConfig
+from sparsekern.cli.main import main
+from sparsekern.cost.run_flops import forward_flops
 from sparsekern.errors import ConfigError
-from sparsekern.network import build, first_layer_connections, shaped
-from sparsekern.training import Trainer, run
+from sparsekern.training import data, zoo
+from sparsekern.training.config import PRESETS, TrainConfig
+from sparsekern.training.network import build, first_layer_connections, shaped
+from sparsekern.training.trainer import Trainer, run
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 14
@@ -183,9 +183,9 @@ def test_papers_networks_count_as_without_sparsekern(digits, text, name):
     sample = data.for_model(shown.test_x[:1])
     dense = forward_flops(build(wanted, shown, "dense", 0), sample)
     sparse = forward_flops(build(wanted, shown, "static", 0), sample)
-    from benchmarks.models.flops import forward_flops as counted
+    from sparsekern.models.flops import forward_flops as counted
 
-    made = models.make(name, shown)
+    made = zoo.make(name, shown)
     expected = counted(lambda: made.to("meta"), *sample.shape, dtype=sample.dtype)
     assert dense.executed == dense.dense_equivalent == sparse.dense_equivalent == expected
     assert sparse.executed < dense.executed
@@ -209,16 +209,16 @@ def test_a_named_module_is_found_in_the_current_directory(tmp_path, monkeypatch,
     source = "from torch import nn\ndef net(classes, **rest):\n    return nn.Linear(64, classes)\n"
     (tmp_path / "a_module_of_mine.py").write_text(source)
     with pytest.raises(ConfigError, match="a_module_of_mine"):
-        models.find("a_module_of_mine:net")
+        zoo.find("a_module_of_mine:net")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    assert isinstance(models.make("a_module_of_mine:net", digits), nn.Linear)
+    assert isinstance(zoo.make("a_module_of_mine:net", digits), nn.Linear)
     assert sys.path == before
 
 
 BAD = {
     # model: (data, what the message says)
-    "nope": ("digits", ["benchmarks.models:nope", "to import", "lenet_5"]),
+    "nope": ("digits", ["sparsekern.models:nope", "to import", "lenet_5"]),
     "no.such:net": ("digits", ["no.such:net", "No module named", "current directory"]),
     "nets:nope": ("digits", ["nets:nope", "AttributeError"]),
     "nets:number": ("digits", ["function that makes an nn.Module", "nets:number is float"]),
@@ -249,13 +249,6 @@ def test_bad_model_is_named_in_one_line(model, text_file, capsys):
     assert err.count("\n") == 1
     for fragment in fragments:
         assert fragment in err
-
-
-def test_papers_networks_need_the_repository(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "benchmarks.models", None)
-    with pytest.raises(ConfigError, match="run from the root of the source repository"):
-        models.find("lenet_5")
 
 
 def test_options_that_do_not_go_together(capsys, tmp_path):

@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 
-from sparsekern.cli import main
+from sparsekern.cli import tune as command
+from sparsekern.cli.main import main
 from sparsekern.errors import ConfigError
 from sparsekern.kernels import tables
 from sparsekern.kernels.tables import Key, SddmmConfig
-from sparsekern.tuning import command, driver, processes
+from sparsekern.tuning import driver, processes
 from sparsekern.tuning.candidates import LIMIT
 from sparsekern.tuning.problems import Request
 

@@ -15,8 +15,8 @@ from sparsekern.methods.update import (
     rewire,
 )
 from sparsekern.ops import GrowScores, block_norm
-from sparsekern.select import StreamedTopK, top_k_mask
 from sparsekern.topology import Topology
+from sparsekern.topology.select import StreamedTopK, top_k_mask
 
 # algorithms: the worked update, drop fraction 1/2
 W = torch.tensor([[0.5, 0, -0.02, 0], [0, 0.3, 0, -0.9], [0.04, 0, 0, 0.7]])

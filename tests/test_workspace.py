@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsekern import SparseConv2d, SparseLinear
-from sparsekern.ops import cpu_choice
+from sparsekern.cost.memory import peak_bytes
+from sparsekern.ops.cpu import choice
 from sparsekern.ops.workspace import workspace_bytes
-from sparsekern.profiling.memory import peak_bytes
 
 
 class Calls(TorchDispatchMode):
@@ -60,7 +60,7 @@ def _threads(request):
     torch.set_num_threads(before)
 
 
-numba = pytest.mark.skipif(not cpu_choice.has_numba(), reason="numba is not installed")
+numba = pytest.mark.skipif(not choice.has_numba(), reason="numba is not installed")
 
 
 @numba
@@ -107,7 +107,7 @@ def test_convolutions_with_numba_are_exact(geometry, block, layout):
 def test_without_numba_they_are_upper_bounds(name, layer):
     made = layer()
     x = torch.randn(300, 128) if isinstance(made, SparseLinear) else torch.randn(6, 64, 17, 15)
-    with cpu_choice.force(name):
+    with choice.force(name):
         for func, args in calls(made, x):
             assert beside_results(func, args) <= workspace_bytes(func, args), func
 

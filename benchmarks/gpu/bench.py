@@ -10,14 +10,7 @@ import torch
 from benchmarks.gpu.cases import Block, Operands, Plan, Shape, operands, random_topology
 from benchmarks.gpu.correctness import Gate, Row, is_exact, short
 from benchmarks.gpu.timing import Clock, CudaClock, HostClock
-from sparsekern.planning.roofline import (
-    OPERATIONS,
-    Prediction,
-    Problem,
-    Roofline,
-    Total,
-    device_named,
-)
+from sparsekern.cost.roofline import OPERATIONS, Prediction, Problem, Roofline, Total, device_named
 
 
 @dataclass

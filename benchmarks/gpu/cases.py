@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import Topology
-from sparsekern.planning.roofline import Problem
+from sparsekern.cost.roofline import Problem
 
 Block = tuple[int, int]
 

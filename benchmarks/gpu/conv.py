@@ -20,8 +20,8 @@ from benchmarks.gpu.correctness import Row, difference, short
 from benchmarks.gpu.speed import Runs, with_three
 from benchmarks.gpu.timing import take_turns
 from sparsekern import Topology, ops
-from sparsekern.geometry import ConvGeometry
-from sparsekern.planning.roofline import OPERATIONS, Problem
+from sparsekern.cost.roofline import OPERATIONS, Problem
+from sparsekern.ops.geometry import ConvGeometry
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -15,7 +14,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from sparsekern.show import environment as show
+from sparsekern.show.environment import ROOT, device_name, version
+
 SOURCES = ("kernels", "sparsekern", "benchmarks/gpu")
 SMI_FIELDS = (
     "driver_version",
@@ -33,7 +34,7 @@ def key(device: torch.device) -> dict[str, str]:
     return {
         "device": device_name(device),
         "torch": torch.__version__,
-        "triton": _version("triton") or "none",
+        "triton": version("triton") or "none",
         "sources": source_digest(),
         "launch_table": _launch_table(),
     }
@@ -45,16 +46,11 @@ def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "commit": commit or _commit(),
+        "commit": commit or show.commit(),
         "nvidia_smi": smi() if device.type == "cuda" else None,
         "multiprocessors": _multiprocessors(device),
         "host_cpus": os.cpu_count(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """As the driver gives it; a CPU is "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @functools.cache  # the sources that were imported, not those of later
@@ -88,27 +84,6 @@ def _launch_table() -> str:
     """Digest of the user's launch table, if the environment names one."""
     path = os.environ.get("SPARSEKERN_LAUNCH_TABLE")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path else "shipped"
-
-
-def _commit() -> str | None:
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    return commit.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _multiprocessors(device: torch.device) -> int | None:

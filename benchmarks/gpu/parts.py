@@ -19,11 +19,11 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.cases import Block, groups
 from benchmarks.gpu.conv import conv
 from benchmarks.gpu.correctness import Row, broken_group, check_group
-from benchmarks.gpu.environment import ROOT
 from benchmarks.gpu.layers import check_layers
 from benchmarks.gpu.peers import peers
 from benchmarks.gpu.probe import probe
 from benchmarks.gpu.update import update
+from sparsekern.show.environment import ROOT
 
 GROUP_SECONDS = 300  # of one correctness process, compiling included
 MAX_WORKERS = 14

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekern.planning.roofline import Problem, Roofline, device_named
+from sparsekern.cost.roofline import Problem, Roofline, device_named
 
 Row = Mapping[str, Any]
 

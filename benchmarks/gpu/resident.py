@@ -34,10 +34,10 @@ from benchmarks.gpu.cases import (
 from benchmarks.gpu.correctness import KERNELS, Row, difference, expected, products, short
 from benchmarks.gpu.supervise import LOST_DEVICE, supervised
 from benchmarks.gpu.timing import Clock, CudaClock, take_turns
+from sparsekern.cost.roofline import device_named
 from sparsekern.kernels import tables
 from sparsekern.kernels.launch import arch_class
 from sparsekern.kernels.tables import Key, RingConfig
-from sparsekern.planning.roofline import device_named
 
 LIMIT = 100  # seconds of the whole part, come what may
 SILENCE = 35  # of one case, starting and compiling included

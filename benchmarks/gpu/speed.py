@@ -12,7 +12,7 @@ from benchmarks.gpu.bench import Bench, describe
 from benchmarks.gpu.cases import DTYPES, Block, Operands, Shape, precision
 from benchmarks.gpu.correctness import Row, products
 from benchmarks.gpu.timing import Run, Timing, take_turns
-from sparsekern.planning.roofline import OPERATIONS
+from sparsekern.cost.roofline import OPERATIONS
 
 Runs = dict[str, Run]
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from benchmarks.gpu.environment import ROOT
+from sparsekern.show.environment import ROOT
 
 Found = dict[str, Any]
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import RESULTS
+from benchmarks.result_files import RESULTS
 from benchmarks.suite import convert
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -11,7 +11,7 @@ from benchmarks.suite import measure
 from benchmarks.suite.layers import fill, forward, integers, only_where, present, step
 from benchmarks.suite.problem import Contender, Facts, Problem, Tensors
 from sparsekern import SparseConv2d, Topology
-from sparsekern.ops import cpu_choice
+from sparsekern.ops.cpu import choice
 
 KINDS = ((32, 0.1), (16, 0.1), (1, 0.1), (1, 0.05))
 """Block and density."""
@@ -115,7 +115,7 @@ def facts(case: Case, topology: Topology, dy: Tensor) -> Facts:
         block=case.block,
         density=case.density,
         active=topology.density,
-        backend=cpu_choice.backend_for(topology, torch.float32),
+        backend=choice.backend_for(topology, torch.float32),
         flops=2 * products * pixels * stored,
         dense_flops=2 * products * pixels * topology.shape[0] * topology.shape[1],
         bytes=4 * products * (images + stored + 2 * topology.nnzb),

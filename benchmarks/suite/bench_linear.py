@@ -13,7 +13,7 @@ from benchmarks.suite import measure, peers
 from benchmarks.suite.layers import fill, forward, integers, only_where, present, step
 from benchmarks.suite.problem import Contender, Facts, Problem
 from sparsekern import SparseLinear, Topology, ops
-from sparsekern.ops import cpu_choice
+from sparsekern.ops.cpu import choice
 
 TOKENS = 512
 KINDS = ((128, 0.1), (64, 0.1), (32, 0.1), (16, 0.1), (4, 0.1), (1, 0.1), (1, 0.05), (1, 0.02))
@@ -139,7 +139,7 @@ def facts(case: Case, topology: Topology) -> Facts:
         block=case.block,
         density=case.density,
         active=topology.density,
-        backend=cpu_choice.backend_for(topology, torch.float32),
+        backend=choice.backend_for(topology, torch.float32),
         flops=2 * products * case.tokens * stored,
         dense_flops=2 * products * case.tokens * case.rows * case.cols,
         bytes=4 * products * numbers,

@@ -18,7 +18,7 @@ from benchmarks.suite import measure
 from benchmarks.suite.layers import integers, present
 from benchmarks.suite.problem import Contender, Facts, Problem, Tensors, WrongResultError
 from sparsekern import SparseGRU, SparseLSTM, SparseRNN, ops
-from sparsekern.ops import cpu_choice
+from sparsekern.ops.cpu import choice
 
 LAYERS: dict[str, Any] = {"GRU": SparseGRU, "LSTM": SparseLSTM, "RNN": SparseRNN}
 KINDS = ((32, 0.25), (16, 0.25), (1, 0.25), (32, 0.1), (16, 0.1), (1, 0.1))
@@ -129,7 +129,7 @@ def facts(case: Case, topology: Any) -> Facts:
         block=case.block,
         density=case.density,
         active=topology.density,
-        backend=cpu_choice.backend_for(topology, torch.float32),
+        backend=choice.backend_for(topology, torch.float32),
         flops=3 * 2 * 2 * tokens * stored,
         dense_flops=3 * 2 * 2 * tokens * rows * cols,
         bytes=4 * 3 * 2 * (tokens * (rows + cols) + stored + 2 * topology.nnzb),

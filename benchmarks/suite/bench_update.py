@@ -17,7 +17,7 @@ from benchmarks.suite.layers import fill, integers
 from benchmarks.suite.problem import Contender, Facts, Problem, Tensors
 from sparsekern import RigL, SparseConv2d, SparseLinear, Topology
 from sparsekern.nn import SparseLayer
-from sparsekern.ops import cpu_choice
+from sparsekern.ops.cpu import choice
 
 KINDS = ((32, 0.1), (16, 0.1), (1, 0.1))
 LR = 2.0**-6
@@ -121,7 +121,7 @@ def facts(case: Case, layer: SparseLayer, x: Tensor) -> Facts:
         block=case.block,
         density=case.density,
         active=topology.density,
-        backend=cpu_choice.backend_for(topology, torch.float32),
+        backend=choice.backend_for(topology, torch.float32),
         flops=2 * tokens * (2 * stored + weights),
         dense_flops=2 * tokens * 2 * weights,
         bytes=4 * numbers,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.environment import environment
 from benchmarks.suite.problem import ceilings
+from sparsekern.show.environment import environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

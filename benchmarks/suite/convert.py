@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsekern.bench.results import KIND, VERSION
+from benchmarks.comparing.results import KIND, VERSION
 
 Row = dict[str, Any]
 

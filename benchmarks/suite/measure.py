@@ -12,8 +12,8 @@ from torch import nn
 
 from benchmarks.paired import Beside, quartiles, ratios
 from benchmarks.suite.problem import Contender, Facts, Problem, able, ceilings, check
-from sparsekern.accounting import held_bytes
-from sparsekern.profiling.memory import peak_bytes
+from sparsekern.cost.held import held_bytes
+from sparsekern.cost.memory import peak_bytes
 
 SECONDS = 1.2
 """About how long the rounds of a case take, all contenders together."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparsekern.carry.optimizer_state import check_followable, check_holds, state_tensors
 from sparsekern.errors import ConfigError, DtypeError, TrainingLoopError
 from sparsekern.methods import ranks
-from sparsekern.methods.carry import check_followable, check_holds, state_tensors
 from sparsekern.methods.schedule import UpdateSchedule
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparsekern.ops import GrowScores
-from sparsekern.sampling import sample_sorted
-from sparsekern.select import top_k_mask
 from sparsekern.topology import Topology
+from sparsekern.topology.sampling import sample_sorted
+from sparsekern.topology.select import top_k_mask
 
 
 @dataclass(frozen=True, eq=False)

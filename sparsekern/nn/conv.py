@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
-from sparsekern.blocks import Block
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
-from sparsekern.geometry import ConvGeometry
 from sparsekern.nn.base import SparseLayer
+from sparsekern.nn.connections import check_mask, topology_of
 from sparsekern.nn.conv_arguments import (
     Padding,
     check_channels,
@@ -25,10 +24,11 @@ from sparsekern.nn.conv_arguments import (
     padding_of,
 )
 from sparsekern.nn.init import draw_uniform_
-from sparsekern.nn.tickets import check_mask, topology_of
 from sparsekern.ops import GrowScores
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.masked import dense_conv2d, to_kernel, to_matrix
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block
 
 Sizes = int | tuple[int, ...]
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekern.blocks import Grid
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
-from sparsekern.nn.tickets import check_topology
+from sparsekern.nn.connections import check_topology
 from sparsekern.ops.layout import format_of
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Grid
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _REACH = {"reflect": 1, "circular": 0}  # pixels that a side needs besides those that it copies

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparsekern.sampling import check_generator
 from sparsekern.topology import Topology
+from sparsekern.topology.sampling import check_generator
 
 TORCH_GAIN = math.sqrt(1 / 3)
 """Gain that makes a layer at density 1 start like `torch.nn.Linear`; He's is sqrt(2)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d, matrix_of
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.recurrent import RECURRENT
-from sparsekern.nn.recurrent_base import matrices
+from sparsekern.nn.recurrent.base import matrices
 from sparsekern.topology import Topology
 
 

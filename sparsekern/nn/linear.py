@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
-from sparsekern.blocks import Block, Grid
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
+from sparsekern.nn.connections import check_mask, check_topology, topology_of
 from sparsekern.nn.init import draw_uniform_
-from sparsekern.nn.tickets import check_mask, check_topology, topology_of
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block, Grid
 
 
 class SparseLinear(SparseLayer):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, ShapeError
-from sparsekern.geometry import ConvGeometry
 from sparsekern.ops import flops, library
 from sparsekern.ops.checks import (
     check_bias,
@@ -25,6 +24,7 @@ from sparsekern.ops.checks import (
 )
 from sparsekern.ops.conv import conv2d, conv2d_dgrad, conv2d_grow_scores, conv2d_wgrad
 from sparsekern.ops.dispatch import BACKENDS, resolve
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.grow import (
     NORMS,
     GrowScores,

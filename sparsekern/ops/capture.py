@@ -3,7 +3,7 @@
 A layer under observation passes its output through `capture`; in backward, the sink registered
 under that key receives the pair (dy, x). The operators are opaque to `torch.compile`, so a compiled
 layer can be observed too. Layers that are not observed never call them. A layer whose backward pass
-is a function of its own (`sparsekern.nn.scan`) calls `expect` and `receive` itself.
+is a function of its own (`sparsekern.nn.recurrent.scan`) calls `expect` and `receive` itself.
 """
 
 from __future__ import annotations

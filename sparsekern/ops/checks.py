@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsekern.errors import DeviceError, DtypeError, ShapeError
-from sparsekern.geometry import ConvGeometry
 from sparsekern.ops.dispatch import resolve
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, ShapeError
-from sparsekern.geometry import ConvGeometry
 from sparsekern.ops import conv_library as library
 from sparsekern.ops.checks import (
     check_bias,
@@ -24,6 +23,7 @@ from sparsekern.ops.checks import (
     check_values,
     implementation,
 )
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.grow import GrowScores, check_norm, conv_slabs, stream_grow_scores
 from sparsekern.topology import Topology
 

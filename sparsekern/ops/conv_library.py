@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern.geometry import ConvGeometry
 from sparsekern.ops.dispatch import ConvBackend, backend
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of
 from sparsekern.ops.library import (
     NO_GRADS,

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, UnavailableError
-from sparsekern.geometry import ConvGeometry
 from sparsekern.ops.crossover import dense_wins
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
 BACKENDS = {
     "triton": "sparsekern.ops.triton",
-    "cpu": "sparsekern.ops.cpu",
+    "cpu": "sparsekern.ops.cpu.backend",
     "dense": "sparsekern.ops.masked",
     "masked": "sparsekern.ops.masked",
 }

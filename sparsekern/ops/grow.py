@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.blocks import Grid, tiles_of
 from sparsekern.errors import ConfigError
-from sparsekern.geometry import ConvGeometry
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.masked import dense_wgrad
-from sparsekern.select import StreamedTopK
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Grid, tiles_of
+from sparsekern.topology.select import StreamedTopK
 
 SLAB_ELEMENTS = 2**22
 """A slab of the dense gradient holds at most this many elements (16 MiB in float32)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekern.geometry import ConvGeometry
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of
 from sparsekern.topology import Topology
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsekern.geometry import ConvGeometry
 from sparsekern.kernels.bsr_conv2d import bsr_conv2d, bsr_conv2d_dgrad
 from sparsekern.kernels.bsr_conv2d_wgrad import bsr_conv2d_wgrad
 from sparsekern.kernels.bsr_sddmm import bsr_sddmm
@@ -15,6 +14,7 @@ from sparsekern.kernels.csr_conv2d_wgrad import csr_conv2d_wgrad
 from sparsekern.kernels.csr_sddmm import csr_sddmm
 from sparsekern.kernels.csr_spmm import csr_spmm, csr_spmm_t
 from sparsekern.kernels.window import Window
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of, image_of, pixels_of
 from sparsekern.topology import Topology
 

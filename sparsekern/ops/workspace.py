@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.geometry import ConvGeometry
-from sparsekern.ops import cpu_choice, cpu_conv
 from sparsekern.ops.conv_library import geometry_of
+from sparsekern.ops.cpu import choice, conv
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.layout import format_of
 from sparsekern.ops.library import topology_of
 from sparsekern.topology import Topology
 
 ENTRY_BYTES = 40
-"""Of `cpu_csr` for each entry of a block: its place and feature, as int64 and int32, and copies."""
+"""Of `csr` for each entry of a block: its place and feature, as int64 and int32, and copies."""
 _PRODUCTS: dict[str, tuple[bool, bool, bool]] = {
     "spmm": (True, False, False),
     "spmm_t": (False, True, False),
@@ -102,16 +102,16 @@ def _triton(call: _Call) -> int:
 
 
 def _cpu(call: _Call) -> int:
-    kind = cpu_choice.compute_dtype(call.x.dtype)
+    kind = choice.compute_dtype(call.x.dtype)
     # 16-bit operands and results are held once more in float32
     numbers = call.x.numel() + call.y.numel() + 2 * _stored(call.t) + call.t.shape[0]
     wide = 0 if kind is call.x.dtype else kind.itemsize * numbers
     if call.g is None:
-        name = cpu_choice.backend_for(call.t, call.x.dtype)
+        name = choice.backend_for(call.t, call.x.dtype)
         return wide + _LINEAR[name](call)
     if call.g.pointwise and format_of(call.x) is torch.channels_last:
         return wide + _cpu(_as_linear(call))
-    run, _ = cpu_conv.plan(call.t, call.g, call.x)
+    run, _ = conv.plan(call.t, call.g, call.x)
     return wide + (_unfolded(call) if hasattr(run, "linear") else _line(call))
 
 
@@ -121,17 +121,17 @@ def _as_linear(call: _Call) -> _Call:
 
 
 def _jit(call: _Call) -> int:
-    from sparsekern.ops.cpu_jit import scratch  # noqa: PLC0415  numba is optional
+    from sparsekern.ops.cpu.jit.linear import scratch  # noqa: PLC0415  numba is optional
 
     _, dx, dw = call.products
-    kind = cpu_choice.compute_dtype(call.x.dtype)
+    kind = choice.compute_dtype(call.x.dtype)
     return kind.itemsize * scratch(call.x.to(kind), call.t, dx=dx, dw=dw)
 
 
 def _csr(call: _Call) -> int:
-    from sparsekern.ops.cpu_csr import DOT_TOKENS, TOKENS  # noqa: PLC0415  loaded where it runs
+    from sparsekern.ops.cpu.csr import DOT_TOKENS, TOKENS  # noqa: PLC0415  loaded where it runs
 
-    t, size = call.t, cpu_choice.compute_dtype(call.x.dtype).itemsize
+    t, size = call.t, choice.compute_dtype(call.x.dtype).itemsize
     weights = _stored(t)
     tokens = DOT_TOKENS if call.products[2] else TOKENS
     chunk = min(len(call.x), tokens) * (t.block_rows * t.block[0] + t.block_cols * t.block[1])
@@ -139,14 +139,14 @@ def _csr(call: _Call) -> int:
 
 
 def _line(call: _Call) -> int:
-    from sparsekern.ops.cpu_conv_job import Job  # noqa: PLC0415  numba is optional
+    from sparsekern.ops.cpu.jit.conv_job import Job  # noqa: PLC0415  numba is optional
 
     x, y, t, g, (forward, dx, dw) = call
     if g is None:
         raise TypeError("a convolution has a geometry")
     if (g.taps, g.stride, g.padding) == (1, (1, 1), (0, 0)):
-        x, y = (a.flatten(2).unsqueeze(2) for a in (x, y))  # as `cpu_conv_jit` does
-    kind = cpu_choice.compute_dtype(x.dtype)
+        x, y = (a.flatten(2).unsqueeze(2) for a in (x, y))  # as `jit.conv` does
+    kind = choice.compute_dtype(x.dtype)
     job = Job(t, g, x.to(kind), y.to(kind))
     elements = job.forward_scratch() if forward else job.backward_scratch(sums=dx, dots=dw)
     return kind.itemsize * elements
@@ -157,7 +157,7 @@ def _stored(t: Topology) -> int:
 
 
 def _unfolded(call: _Call) -> int:
-    from sparsekern.ops.cpu_conv_torch import ELEMENTS  # noqa: PLC0415  loaded where it runs
+    from sparsekern.ops.cpu.unfold import ELEMENTS  # noqa: PLC0415  loaded where it runs
 
     x, y, t, *_ = call
     columns = t.block_cols * t.block[1]
@@ -166,7 +166,7 @@ def _unfolded(call: _Call) -> int:
     # pixels cut out, padded and unfolded; what goes into or comes out of the product, twice
     window = 3 * most + 2 * pixels * t.shape[0] + 2 * _stored(t)
     unfolded = call._replace(x=x.new_empty(pixels, columns), g=None)
-    linear = _LINEAR[cpu_choice.backend_for(t, x.dtype)]
+    linear = _LINEAR[choice.backend_for(t, x.dtype)]
     return window * x.element_size() + linear(unfolded)
 
 

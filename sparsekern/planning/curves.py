@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekern.planning.layers import Layer
-from sparsekern.planning.predict import BreakEven, Cut, Estimate, Times
+from sparsekern.cost.layers import Layer
+from sparsekern.cost.predict import BreakEven, Cut, Estimate, Times
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sparsekern.cost.examples import Call, Examples, arguments, recording, run
+from sparsekern.cost.flops import StepCounter
+from sparsekern.cost.layers import Layer, Model, Part, Use
+from sparsekern.cost.modes import evaluating
+from sparsekern.cost.step import total
+from sparsekern.cost.twin import copied
 from sparsekern.errors import ConfigError, DtypeError, ModelError
-from sparsekern.examples import Call, Examples, arguments, recording, run
-from sparsekern.models import evaluating
 from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, weights_of
-from sparsekern.planning.layers import Layer, Model, Part, Use
-from sparsekern.profiling.flops import StepCounter
-from sparsekern.profiling.step import total
-from sparsekern.profiling.twin import copied
 from sparsekern.swap import Pattern, Target, candidates
 
 

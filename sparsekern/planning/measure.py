@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.accounting import StepTime, paired_step_times, synchronize
+from sparsekern.cost.layers import Layer
+from sparsekern.cost.predict import LEAST_DENSITY, Cut
+from sparsekern.cost.timing import StepTime, paired_step_times, synchronize
 from sparsekern.nn.kinds import convert
 from sparsekern.planning.curves import Curve, density_of
-from sparsekern.planning.layers import Layer
-from sparsekern.planning.predict import LEAST_DENSITY, Cut
 from sparsekern.topology import Topology
 
 DENSE = "dense"

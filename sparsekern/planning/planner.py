@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekern.blocks import Block, check_sparsity
+from sparsekern.cost.examples import Examples
+from sparsekern.cost.layers import Layer, blocks_of
+from sparsekern.cost.predict import Cut, Times, predictor, threads_shown
 from sparsekern.devices import as_device
 from sparsekern.errors import ConfigError, DtypeError, MeasurementError
-from sparsekern.examples import Examples
 from sparsekern.planning.curves import Curve, Measured
 from sparsekern.planning.examine import examine
-from sparsekern.planning.layers import Layer, blocks_of
 from sparsekern.planning.measure import measure as measure_layer
-from sparsekern.planning.predict import Cut, Times, predictor, threads_shown
 from sparsekern.planning.result import Budget, Plan
 from sparsekern.planning.share import Asked, Decision
 from sparsekern.planning.task import Task
-from sparsekern.progress import Progress
+from sparsekern.show.progress import Progress
 from sparsekern.swap import Pattern
+from sparsekern.topology.blocks import Block, check_sparsity
 
 BLOCKS: tuple[Block, ...] = (1, 16, 32, 64, 128)
 SECONDS = 60.0

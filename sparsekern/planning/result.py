@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sparsekern.blocks import Block
+from sparsekern.cost.predict import BreakEven
 from sparsekern.errors import ConfigError, DtypeError
-from sparsekern.planning.predict import BreakEven
+from sparsekern.topology.blocks import Block
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparsekern.blocks import check_sparsity
+from sparsekern.cost.layers import Layer
+from sparsekern.cost.predict import Cut, Estimate, Times
 from sparsekern.distribution import DISTRIBUTIONS, distribute
 from sparsekern.errors import ConfigError
-from sparsekern.planning.layers import Layer
-from sparsekern.planning.predict import Cut, Estimate, Times
+from sparsekern.topology.blocks import check_sparsity
 
 LEAST_SHARE = 0.5
 """Of the weights that a layer would have if none were left dense. Below it, a layer is not starved

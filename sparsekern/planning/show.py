@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from sparsekern.accounting import FLOP_CONVENTION
-from sparsekern.blocks import Block, as_block
+from sparsekern.cost.run_flops import FLOP_CONVENTION
 from sparsekern.planning.result import Plan, Row
-from sparsekern.tables import aligned, comma_separated, markdown, scaled
+from sparsekern.show.tables import aligned, comma_separated, markdown, scaled
+from sparsekern.topology.blocks import Block, as_block
 
 FORMAT = 1
 LEFT = 3  # columns of text

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sparsekern.blocks import Block
+from sparsekern.cost.layers import INDEX_BYTES, Layer, Model
+from sparsekern.cost.predict import Cut, Times
 from sparsekern.planning.curves import density_of
-from sparsekern.planning.layers import INDEX_BYTES, Layer, Model
-from sparsekern.planning.predict import Cut, Times
 from sparsekern.planning.result import Budget, Option, Plan, Row, Totals
 from sparsekern.planning.share import Asked, Decision, reach, settle
+from sparsekern.topology.blocks import Block
 
 
 class Cost(NamedTuple):

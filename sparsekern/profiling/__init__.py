@@ -1,6 +1,6 @@
 """What a training step of a model costs: FLOPs, bytes and time by layer, predicted and measured."""
 
-from sparsekern.profiling.cost import MethodCost, PruningSchedule, method_costs
+from sparsekern.cost.methods import MethodCost, PruningSchedule, method_costs
 from sparsekern.profiling.measure import Measured
 from sparsekern.profiling.profiler import profile
 from sparsekern.profiling.report import Report

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sparsekern.accounting import held_bytes, synchronize
-from sparsekern.profiling.memory import peak_bytes
+from sparsekern.cost.held import held_bytes
+from sparsekern.cost.memory import peak_bytes
+from sparsekern.cost.step import Loss, clear, forward, training_step
+from sparsekern.cost.timing import synchronize
+from sparsekern.cost.twin import Twin
+from sparsekern.cost.watch import OTHER, Watch
 from sparsekern.profiling.rows import layers_of
-from sparsekern.profiling.step import Loss, clear, forward, training_step
-from sparsekern.profiling.twin import Twin
-from sparsekern.profiling.watch import OTHER, Watch
 
 WARM_UPS = 2
 LEAST_ROUNDS = 3

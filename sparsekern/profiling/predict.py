@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsekern.cost.examples import Examples
+from sparsekern.cost.flops import StepCount, StepCounter
+from sparsekern.cost.memory import Lifetimes
+from sparsekern.cost.step import Loss, clear, forward
+from sparsekern.cost.twin import Twin, copied, weightless
 from sparsekern.errors import ModelError, OptimizerError
-from sparsekern.examples import Examples
 from sparsekern.ops.dispatch import assuming
-from sparsekern.profiling.flops import StepCount, StepCounter
-from sparsekern.profiling.memory import Lifetimes
 from sparsekern.profiling.rows import Trained, layers_of
-from sparsekern.profiling.step import Loss, clear, forward
-from sparsekern.profiling.twin import Twin, copied, weightless
 
 
 class Prediction(NamedTuple):

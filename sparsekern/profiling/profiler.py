@@ -8,8 +8,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from sparsekern.cost.examples import Examples, arguments, described
+from sparsekern.cost.methods import METHODS, PruningSchedule, method_costs
+from sparsekern.cost.step import Loss, total
+from sparsekern.cost.twin import copied
+from sparsekern.cost.watch import tensors
 from sparsekern.devices import as_device
-from sparsekern.environment import environment
 from sparsekern.errors import (
     ConfigError,
     DeviceError,
@@ -17,18 +21,14 @@ from sparsekern.errors import (
     ModelError,
     OptimizerError,
 )
-from sparsekern.examples import Examples, arguments, described
 from sparsekern.methods import Method
 from sparsekern.ops.dispatch import assuming
-from sparsekern.profiling.cost import METHODS, PruningSchedule, method_costs
 from sparsekern.profiling.measure import measured
 from sparsekern.profiling.predict import Prediction, predicted
 from sparsekern.profiling.report import Report
 from sparsekern.profiling.rows import LayerRow, layers_of, rows_of
 from sparsekern.profiling.seconds import predicted_seconds
-from sparsekern.profiling.step import Loss, total
-from sparsekern.profiling.twin import copied
-from sparsekern.profiling.watch import tensors
+from sparsekern.show.environment import environment
 
 UPDATE_FREQ = 100
 """Weight steps between topology updates that costs assume without a method: the paper's."""

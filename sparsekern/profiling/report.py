@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekern.accounting import FLOP_CONVENTION
-from sparsekern.profiling.cost import MethodCost
+from sparsekern.cost.methods import MethodCost
+from sparsekern.cost.run_flops import FLOP_CONVENTION
 from sparsekern.profiling.measure import Measured
 from sparsekern.profiling.rows import SUMMED, LayerRow
-from sparsekern.tables import aligned, comma_separated, markdown, scaled
+from sparsekern.show.tables import aligned, comma_separated, markdown, scaled
 
 FORMAT = 1
 _LEFT = 3  # columns of text

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparsekern.accounting import tensor_bytes as _bytes
+from sparsekern.cost.flops import Count
+from sparsekern.cost.held import tensor_bytes as _bytes
+from sparsekern.cost.watch import OTHER, tensors
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.kinds import SPARSE_TYPES, weights_of
-from sparsekern.nn.recurrent_base import SparseRecurrent
-from sparsekern.profiling.flops import Count
-from sparsekern.profiling.watch import OTHER, tensors
+from sparsekern.nn.recurrent.base import SparseRecurrent
 
 
 class Trained(NamedTuple):

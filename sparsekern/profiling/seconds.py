@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekern.cost import cpu_rates
+from sparsekern.cost.flops import Count
+from sparsekern.cost.roofline import H200, OPERATIONS, Problem, Roofline, device_named
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.kinds import weights_of
-from sparsekern.nn.recurrent_base import SparseRecurrent
-from sparsekern.planning import cpu_rates
-from sparsekern.planning.roofline import H200, OPERATIONS, Problem, Roofline, device_named
-from sparsekern.profiling.flops import Count
+from sparsekern.nn.recurrent.base import SparseRecurrent
 from sparsekern.profiling.rows import LayerRow
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}

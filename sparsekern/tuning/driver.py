@@ -12,7 +12,7 @@ import torch
 from sparsekern.errors import ConfigError, DeviceError, UnavailableError
 from sparsekern.kernels.tables import Config, Key, table
 from sparsekern.ops.dispatch import has_triton
-from sparsekern.progress import Progress
+from sparsekern.show.progress import Progress
 from sparsekern.tuning.candidates import LIMIT, candidates
 from sparsekern.tuning.job import Job
 from sparsekern.tuning.problems import Request, keys, problems

@@ -24,7 +24,6 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sparsekern.blocks import Grid, tiles_of
 from sparsekern.errors import ConfigError, SparseKernError
 from sparsekern.kernels import tables
 from sparsekern.kernels.bsr_grow import bsr_grow
@@ -32,6 +31,7 @@ from sparsekern.kernels.launch import arch_class
 from sparsekern.kernels.tables import Config, Key
 from sparsekern.ops import triton
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Grid, tiles_of
 from sparsekern.tuning.job import Job
 from sparsekern.tuning.problems import Problem
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import kernels, ops
-from sparsekern.geometry import ConvGeometry
 from sparsekern.kernels import launch
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
 if torch.cuda.is_available():

@@ -1,0 +1,19 @@
+"""Where result files lie, and how one is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsekern.show.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(name: str, results: dict[str, Any]) -> Path:
+    """Write `results` with the environment to benchmarks/results/cpu/<name>.json."""
+    path = RESULTS / "cpu" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+    return path

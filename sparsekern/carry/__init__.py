@@ -1,0 +1,1 @@
+"""What follows the weights when their topology changes: the optimizer's state."""

@@ -1,0 +1,97 @@
+"""Which weights of a dense layer to keep: by a given mask, or by magnitude."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
+from sparsekern.ops import block_norm
+from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block, active_count, check_sparsity
+
+
+def topology_of(
+    weight: Tensor,
+    block: Block,
+    *,
+    sparsity: float | None = None,
+    mask: Tensor | None = None,
+    groups: int = 1,
+    taps: int = 1,
+) -> Topology:
+    """The connections to take over from a dense weight matrix.
+
+    Args:
+        weight: (rows, cols).
+        block: edge or pair.
+        sparsity: keep the blocks of largest magnitude that hold this share of the weights.
+        mask: (rows, cols), keep these weights. Without both, every block with a nonzero.
+        groups: parts of the rows.
+        taps: parts of the columns.
+
+    Raises:
+        ConfigError: both are given, or sparsity is outside [0, 1).
+        TopologyError: some block of the mask is active only in part.
+    """
+    if sparsity is not None and mask is not None:
+        raise ConfigError("give `sparsity` or `mask`, not both")
+    parts = {"groups": groups, "taps": taps}
+    if sparsity is not None:
+        return topology_of_largest(weight, sparsity, block, **parts)
+    if mask is not None:
+        return topology_of_mask(mask.to(weight.device), block, **parts)
+    return Topology.from_mask(weight, block, **parts)
+
+
+def check_topology(topology: object) -> None:
+    """Raise `DtypeError` unless it is a `Topology`."""
+    if not isinstance(topology, Topology):
+        raise DtypeError(f"`topology` must be a Topology; got {type(topology).__name__}")
+
+
+def check_mask(mask: Tensor, weight: Tensor) -> None:
+    """Raise unless `mask` is a tensor of the shape of the dense layer's `weight`."""
+    if not isinstance(mask, Tensor):
+        raise DtypeError(f"`mask` must be a tensor; got {type(mask).__name__}")
+    if mask.shape != weight.shape:
+        raise ShapeError(
+            f"`mask` must have the weight's shape {tuple(weight.shape)}; got {tuple(mask.shape)}"
+        )
+
+
+def topology_of_mask(mask: Tensor, block: Block, *, groups: int = 1, taps: int = 1) -> Topology:
+    """The topology of a ticket: a mask (rows, cols) made of whole blocks.
+
+    Raises:
+        TopologyError: some block is active only in part.
+    """
+    topology = Topology.from_mask(mask, block, groups=groups, taps=taps)
+    partial = topology.nnz - int((mask != 0).sum())
+    if partial:
+        raise TopologyError(
+            f"`mask` must be made of whole {topology.block} blocks; {partial} weights of its "
+            "active blocks are masked out (block=1 takes any mask)"
+        )
+    return topology
+
+
+def topology_of_largest(
+    weight: Tensor, sparsity: float, block: Block, *, groups: int = 1, taps: int = 1
+) -> Topology:
+    """The blocks with the largest summed magnitude that hold the asked number of weights.
+
+    The count is exact to within one block; ties go to the lowest position.
+    """
+    target = active_count(weight.numel(), check_sparsity(sparsity))
+    full = Topology.random(weight.shape, block, sparsity=0.0, groups=groups, taps=taps)
+    full = full.to(weight.device)
+    scores = block_norm(full.pack(weight.detach()), "l1")
+    sizes = full.pack(torch.ones_like(weight, dtype=torch.int64)).sum((1, 2))
+    order = torch.argsort(scores, descending=True, stable=True)
+    held = sizes[order].cumsum(0)
+    n = int((held <= target).sum())
+    if n < len(held) and 2 * (target - (int(held[n - 1]) if n else 0)) >= int(sizes[order[n]]):
+        n += 1
+    positions = full.positions()[order[: max(n, 1)]].sort().values
+    return full.with_positions(positions)

@@ -1,0 +1,1 @@
+"""The trainer of the command line: its data, networks, runs, and their report."""

@@ -1,0 +1,133 @@
+"""Models of the command line by name: a function that makes an `nn.Module` for some data."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsekern.cost.modes import evaluating
+from sparsekern.errors import ConfigError
+from sparsekern.training.data import Dataset, Images, for_model
+
+ZOO = "sparsekern.models"
+"""Where a name without a module is looked up."""
+
+
+def find(spec: str) -> Callable[..., nn.Module]:
+    """The function that `spec` names, NAME of `ZOO` or MODULE:FUNCTION.
+
+    Modules are found as `python -m` finds them, in the current directory first.
+
+    Raises:
+        ConfigError: it does not import, or is no function.
+    """
+    before, _, name = spec.rpartition(":")
+    module = before or ZOO
+    try:
+        with _current_directory_first():
+            found = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        raise ConfigError(
+            f"`model` {spec!r}: expected {module}:{name} to import; got {_told(error)}"
+            f"{_advice(module)}"
+        ) from error
+    if not callable(found):
+        raise ConfigError(
+            f"`model` {spec!r}: expected a function that makes an nn.Module; "
+            f"{module}:{name} is {type(found).__name__}"
+        )
+    made: Callable[..., nn.Module] = found
+    return made
+
+
+def takes_images(function: Callable[..., nn.Module]) -> bool:
+    """Whether the model wants (n, 1, height, width): its function has a parameter `in_channels`.
+
+    Any other model gets images as rows of pixels.
+    """
+    return "in_channels" in _parameters(function)
+
+
+def make(spec: str, data: Dataset) -> nn.Module:
+    """Call the function with those of these parameters that it has, and check what it made.
+
+    `classes`, `in_channels` and `image_size` (the edge, or height and width) for images; `vocab`
+    and `seq_len` for text.
+
+    Raises:
+        ConfigError: it fails, makes no module, or its module does not fit the data.
+    """
+    function = find(spec)
+    known = _parameters(function)
+    given = {k: v for k, v in _offered(data).items() if k in known}
+    called = f"{spec}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+    try:
+        model = function(**given)
+    except Exception as error:
+        raise ConfigError(f"`model` {called} failed: {_told(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` {called} must return an nn.Module; got {type(model).__name__}")
+    _check_fits(model, called, data)
+    return model
+
+
+def _offered(data: Dataset) -> dict[str, Any]:
+    if not isinstance(data, Images):
+        return {"vocab": data.classes, "seq_len": data.train_x.shape[1]}
+    height, width = data.image_shape
+    edge = height if height == width else (height, width)
+    return {"classes": data.classes, "in_channels": 1, "image_size": edge}
+
+
+def _check_fits(model: nn.Module, called: str, data: Dataset) -> None:
+    x = for_model(data.test_x[:1])
+    expected = (*data.test_y[:1].shape, data.classes)
+    try:
+        with evaluating(model):
+            y: Tensor = model(x)
+    except Exception as error:
+        raise ConfigError(
+            f"`model` {called} must take {x.dtype} of shape {tuple(x.shape)}, one "
+            f"{data.sample} of {data.name}; got {_told(error)}"
+        ) from error
+    if not isinstance(y, Tensor) or tuple(y.shape) != expected:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ConfigError(
+            f"`model` {called} must map {tuple(x.shape)} to {expected}, one {data.sample} of "
+            f"{data.name} to a score for each class; got {got}"
+        )
+
+
+def _parameters(function: Callable[..., nn.Module]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some built-in callables have none to show
+        return frozenset()
+
+
+def _told(error: BaseException) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _advice(module: str) -> str:
+    names = getattr(sys.modules.get(module), "__all__", ())
+    if names:
+        return f"; {module} has {', '.join(names)}"
+    return f"; {module} must be importable from the current directory"
+
+
+@contextlib.contextmanager
+def _current_directory_first() -> Iterator[None]:
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove("")
