@@ -40,6 +40,7 @@ from sparsekern.ops.cpu.jit.simd import (
     clear,
     field,
     geti,
+    inlined,
     jit,
     move,
     prefetch,
@@ -145,7 +146,7 @@ def _wide_part(z: Any, eb: int, job: int, entries: Any) -> None:
     scratch[0] = 0  # numba frees an array after its last use: this keeps it until here
 
 
-@jit
+@inlined
 def wide_dots(z: Any, eb: int, job: int) -> None:
     """`dw[e] = dyᵀ x` for SIZE blocks, all tokens (at least one); parts are ranges of blocks."""
     parts, count = field(z, (job, PARTS)), field(z, (job, SIZE))
@@ -203,7 +204,7 @@ def _tile_blocks(z: Any, eb: int, job: int, dt: int, xt: int, vecs: int, entries
                     j += 1
 
 
-@jit
+@inlined
 def tile_dots(z: Any, eb: int, job: int) -> None:
     """`dw[e] += dyᵀ x` for SIZE blocks and TILES packed tiles; parts are ranges of blocks.
 

@@ -45,6 +45,14 @@ def jit(function: F) -> F:
     return cast(F, compiled)
 
 
+def inlined(function: F) -> F:
+    """Make `function` a part of the one jitted function for each type that calls it.
+
+    Compiled by itself it would be optimised twice, with all that it calls.
+    """
+    return cast(F, njit(inline="always", nogil=True, error_model="numpy")(function))
+
+
 class _Emit:
     """Shorthand for one intrinsic's body: typed loads, stores and loops."""
 

@@ -82,7 +82,8 @@ def _sums(rows: int, vecs: int) -> Any:
                     _prefetch(e, e.b.add(e.b.add(row, ahead), e.b.mul(q, e.num(64))))
                 return []
 
-            e.loop(e.num(0), lines, [], ask)
+            if rows == ROWS:  # smaller tiles are the last ones
+                e.loop(e.num(0), lines, [], ask)
             rest = e.b.sub(limit, e.b.mul(feature, depth))
             n = e.b.select(e.b.icmp_signed("<", rest, depth), rest, depth)
             return _products(e, acc, n, lefts, a_col, right, b_row)

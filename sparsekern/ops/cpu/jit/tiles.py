@@ -52,6 +52,7 @@ from sparsekern.ops.cpu.jit.simd import (
     cut,
     field,
     geti,
+    inlined,
     jit,
     move,
     prefetch,
@@ -205,7 +206,7 @@ def _room(z: Any, eb: int, job: int) -> Any:
     return (max(1, 2 * (WIDTH // eb) // bo) * bo * ld + (WIDTH // eb) ** 2) * eb
 
 
-@jit
+@inlined
 def tile_sum(z: Any, eb: int, job: int) -> None:
     """`out[m, o] = bias[o] + sum_i x[m, i] w[o, i]`.
 
@@ -233,7 +234,7 @@ def tile_sum(z: Any, eb: int, job: int) -> None:
     room[0] = 0  # numba frees an array after its last use: this keeps it until here
 
 
-@jit
+@inlined
 def tile_pack(z: Any, eb: int, job: int) -> None:
     """Pack TILES tiles of x and of y, tile FIRST the first of them, each of them a part."""
     tokens, span, ld = field(z, (job, TOKENS)), field(z, (job, SPAN)), field(z, (job, LD))

@@ -42,6 +42,7 @@ from sparsekern.ops.cpu.jit.simd import (
     cut,
     field,
     geti,
+    inlined,
     jit,
     move,
     take,
@@ -161,7 +162,7 @@ def _sum_rows(z: Any, eb: int, job: int, rows: Any, tokens: Any) -> None:
     scratch[0] = 0  # numba frees an array after its last use: this keeps it until here
 
 
-@jit
+@inlined
 def wide_sum(z: Any, eb: int, job: int) -> None:
     """`out[m, o] = bias[o] + sum_i x[m, i] w[o, i]`.
 
