@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+VENV_OLD ?= .venv-launch
 STAMP = $(VENV)/.installed
 EXTRAS ?= dev
 WORKERS ?= 2
@@ -15,7 +16,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 GPU_OUT ?= runs/gpu
 
-.PHONY: demo test check aot lock bench bench-quick end-to-end scale readme gpu clean
+.PHONY: demo test check aot launch lock bench bench-quick end-to-end scale readme gpu clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +32,7 @@ demo: $(STAMP)
 
 # Everything that needs no GPU: kernels run in Triton's interpreter.
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore=tests/aot -n $(WORKERS) --dist worksteal
+	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore=tests/aot --ignore=tests/launch -n $(WORKERS) --dist worksteal
 
 # Formatting, lint, types and sizes.
 check: $(STAMP)
@@ -41,9 +42,23 @@ check: $(STAMP)
 	$(BIN)/python -m tests.sizes
 
 # Compile the kernels for sm_80, sm_90 and sm_100, without a GPU, and look at the machine code:
-# most for sm_90, and a third for the others unless SPARSEKERN_AOT=all.
+# most for sm_90, and a third for the others unless SPARSEKERN_AOT=all. Then launch them over a
+# stand-in for the driver, which checks what it is handed; SPARSEKERN_LAUNCH=all has more cases.
 aot: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/aot -n $(WORKERS) --dist worksteal
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/aot tests/launch -n $(WORKERS) --dist worksteal
+
+$(VENV_OLD)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_OLD)
+	$(VENV_OLD)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_OLD)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV_OLD)/bin/python -m pip install --quiet "$(TORCH)" triton==3.6.0 "numpy<2.4" pytest==9.2.0 \
+		pytest-xdist
+	$(VENV_OLD)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# The launches once more on the oldest release of triton that is supported.
+launch: $(VENV_OLD)/.installed
+	$(ONE_THREAD) $(VENV_OLD)/bin/python -m pytest tests/launch -n $(WORKERS) --dist worksteal
 
 # Compile them anew and write down what they use: tests/aot/kernels.lock.
 lock: $(STAMP)
@@ -77,4 +92,4 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV_OLD) build dist runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from benchmarks.result_files import RESULTS
 from benchmarks.suite import bench_conv2d, bench_linear, bench_recurrent
 
 CPU = RESULTS / "cpu"
-SUITE, END_TO_END = CPU / "suite.json", CPU / "end_to_end.json"
+SUITE = CPU / "suite.json"
 UNMEASURED = "not yet measured"
 
 CONVOLUTIONS = {
@@ -49,6 +49,12 @@ def from_json(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[],
     return lambda: table(json.loads(path.read_text())) if path.exists() else UNMEASURED
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
 def weights(block: int) -> str:
     """A block in words."""
     return f"block {block}" if block > 1 else "unstructured"
@@ -56,45 +62,40 @@ def weights(block: int) -> str:
 
 def linear(results: Results) -> str:
     """A row for each block and density: memory, and speed against dense and its rivals."""
-    lines = [
-        "| weights | density | held in training | 1024 x 1024 | 4096 x 1024 | against masked "
-        "| against torch.sparse |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["weights", "density", "held in training", "1024 x 1024", "4096 x 1024"]
+    rows = []
     for block, density in bench_linear.KINDS:
         kind = f"block {block}/{density:g}"
         small, large = (f"linear/step/{n}x1024/{kind}" for n in (1024, 4096))
         cells = [weights(block), f"{density:g}", _held(results, f"linear/memory/1024x1024/{kind}")]
         cells += [_ratio(results, small, "dense"), _ratio(results, large, "dense")]
         peer = "torch csr" if block == 1 else "torch bsr"
-        cells += [_ratio(results, large, other) for other in ("masked", peer)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", measured_on(results.environment)])
+        rows.append([*cells, *(_ratio(results, large, other) for other in ("masked", peer))])
+    made = table([*head, "against masked", "against torch.sparse"], rows)
+    return f"{made}\n\n{measured_on(results.environment)}"
 
 
 def conv(results: Results) -> str:
     """A row per layer, a column per block and density."""
     kinds = bench_conv2d.KINDS
-    heads = [f"{weights(block)}, {density:g}" for block, density in kinds]
-    lines = [f"| kernel, channels, image | {' | '.join(heads)} |", "|---" * 5 + "|"]
+    rows = []
     for name, shown in CONVOLUTIONS.items():
         cases = [f"conv2d/step/{name}/block {block}/{density:g}" for block, density in kinds]
-        cells = [_ratio(results, case, "dense") for case in cases]
-        lines.append(f"| {shown} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([shown, *(_ratio(results, case, "dense") for case in cases)])
+    heads = [f"{weights(block)}, {density:g}" for block, density in kinds]
+    return table(["kernel, channels, image", *heads], rows)
 
 
 def recurrent(results: Results) -> str:
     """A row per block and density, a column per kind of layer."""
-    lines = ["| weights | density | GRU | LSTM | RNN |", "|---|---|---|---|---|"]
+    rows = []
     for block, density in bench_recurrent.KINDS:
-        kind = f"block {block}/{density:g}"
-        cells = [
-            _ratio(results, f"recurrent/step/{name}/{kind}", "dense")
-            for name in bench_recurrent.LAYERS
+        cases = [
+            f"recurrent/step/{name}/block {block}/{density:g}" for name in bench_recurrent.LAYERS
         ]
-        lines.append(f"| {weights(block)} | {density:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ratios = [_ratio(results, case, "dense") for case in cases]
+        rows.append([weights(block), f"{density:g}", *ratios])
+    return table(["weights", "density", "GRU", "LSTM", "RNN"], rows)
 
 
 def end_to_end(content: dict[str, Any]) -> str:

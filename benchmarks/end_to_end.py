@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.end_to_end_data import images, text
@@ -35,9 +34,13 @@ from benchmarks.end_to_end_networks import NETWORKS, Network
 from benchmarks.paired import ratios
 from benchmarks.result_files import RESULTS
 from benchmarks.suite.convert import unwritable
+from sparsekern.cost.flops import as_products
 from sparsekern.cost.held import held_bytes
 from sparsekern.cost.memory import peak_bytes
+from sparsekern.cost.timing import turns
+from sparsekern.errors import told
 from sparsekern.show.environment import environment
+from sparsekern.show.output_files import write_whole
 from sparsekern.show.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training.data import Dataset
@@ -107,11 +110,9 @@ def epochs(network: Network, found: Dataset) -> int:
 def train(network: Network, found: Dataset, progress: Progress) -> dict[str, Course]:
     """All variants in turns; the first round warms up and is not counted."""
     courses = {variant: course(variant, network, found) for variant in VARIANTS}
-    names, steps = list(VARIANTS), total_steps(courses["dense"].trainer.config, found)
-    for i in range(min(network.steps, steps)):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            courses[name].round()
+    steps = total_steps(courses["dense"].trainer.config, found)
+    for i, name in turns(VARIANTS, min(network.steps, steps)):
+        courses[name].round()
         progress.step(i + 1)
     for one in courses.values():
         del one.times[:1], one.update_times[:1]
@@ -146,8 +147,7 @@ def summary(courses: dict[str, Course]) -> dict[str, Any]:
 
 def step_flops(trainer: Trainer) -> int:
     """FLOPs that a training step executes, as FlopCounterMode sees it; dense is the equivalent."""
-    # attention as products that the counter knows
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with as_products(recurrent=False), FlopCounterMode(display=False) as counter:
         trainer.step()
     return int(counter.get_total_flops())
 
@@ -172,7 +172,7 @@ def _no_failure_of(name: str, rows: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = told(error)
         rows[name] = {"failed": why}
         sys.stdout.write(f"{name}: failed: {why}\n")
 
@@ -184,11 +184,9 @@ def measured_before(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, rows: dict[str, Any]) -> None:
-    """In one step: a reader finds the old file or the new one."""
+    """Write the networks that there are."""
     ordered = {name: rows[name] for name in NETWORKS if name in rows}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"networks": ordered}, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps({"networks": ordered}, indent=1) + "\n")
 
 
 def shortened(network: Network, steps: int | None) -> Network:

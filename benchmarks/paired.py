@@ -1,15 +1,12 @@
-"""Times taken in turns: what is compared is measured side by side.
-
-A machine whose speed drifts moves all of them, so ratios are taken round by round, and the median
-of the ratios is what counts.
-"""
+"""What the suite times beside a benchmark, and how a ratio is told."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from sparsekern.cost import timing
 
 
 class Run(NamedTuple):
@@ -27,9 +24,7 @@ class Run(NamedTuple):
         """Wall time of one call."""
         if self.prepare is not None:
             self.prepare()
-        start = time.perf_counter()
-        self.call()
-        return time.perf_counter() - start
+        return timing.HostClock().once(self.call)
 
 
 class Beside:
@@ -47,9 +42,7 @@ class Beside:
 
     def __call__(self) -> None:
         """Take a time of each."""
-        names = list(self.others)
-        first = self.rounds % len(names) if names else 0
-        for name in names[first:] + names[:first]:
+        for name in timing.order(list(self.others), self.rounds):
             self.times[name].append(self.others[name].seconds())
         self.rounds += 1
         if self.then is not None:
@@ -62,7 +55,7 @@ def ratios(others: Sequence[float], own: Sequence[float]) -> dict[str, float]:
     Raises:
         ValueError: the two have different lengths, or none at all.
     """
-    found = sorted(other / mine for other, mine in zip(others, own, strict=True))
+    found = timing.ratios(others, own)
     q1, median, q3 = quartiles(found)
     return {"ratio": median, "q1": q1, "q3": q3, "low": found[0], "high": found[-1]}
 

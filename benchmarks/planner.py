@@ -22,7 +22,7 @@ from torch import nn
 import sparsekern as sk
 from benchmarks.result_files import save
 from benchmarks.suite.layers import step
-from sparsekern.cost.timing import paired_step_times
+from sparsekern.cost.timing import paired_step_times, rounds_in
 from sparsekern.topology.blocks import Block
 
 BLOCKS: tuple[Block, ...] = (1, 16, 32, 64, 128)
@@ -105,7 +105,7 @@ def exhaustive(shape: Shape, density: float, budget_s: float) -> dict[str, dict[
         run.call()
     once = sum(run.seconds() for run in steps.values())
     burst = max(1, round(0.005 * len(steps) / once))
-    rounds = min(max(LEAST_ROUNDS, round(budget_s / (once * burst))), MOST_ROUNDS)
+    rounds = rounds_in(budget_s, once * burst, LEAST_ROUNDS, MOST_ROUNDS)
     calls = {name: run.call for name, run in steps.items()}
     times = paired_step_times(calls, "dense", device=x.device, rounds=rounds, burst=burst)
     return {name: asdict(time) for name, time in times.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_tables
-from benchmarks.cpu_tables import from_json, from_suite, weights
+from benchmarks.cpu_tables import from_json, from_suite, table, weights
 from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
 from benchmarks.result_files import RESULTS
@@ -23,54 +23,66 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 GPU_BLOCKS = (128, 64, 32, 16, 1)
 GPU_DENSITY = 0.1
+GPU_HEAD = [
+    *("weights", "forward: model's ceiling", "measured"),
+    *("forward + dX + dW: model's ceiling", "measured"),
+]
 
 
 def scale(results: dict[str, Any]) -> str:
     """The stages of the large layer."""
-    lines = ["| stage | seconds | peak memory of the process |", "|---|---|---|"]
-    lines += [
-        f"| {row['stage']} | {row['seconds']:.0f} | {row['peak_gib']:.1f} GiB |"
-        for row in results["stages"]
-    ]
-    return "\n".join(lines)
+    return table(
+        ["stage", "seconds", "peak memory of the process"],
+        (
+            [row["stage"], f"{row['seconds']:.0f}", f"{row['peak_gib']:.1f} GiB"]
+            for row in results["stages"]
+        ),
+    )
 
 
 def accuracy(results: dict[str, Any]) -> str:
     """A row per method and block."""
-    lines = ["| method | block | weight decay | test accuracy |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['method']} | {row['block'] if row['method'] != 'dense' else '-'} | "
-        f"{row['weight_decay']:g} | {row['mean']:.2f} ± {row['std']:.2f} |"
-        for row in results["rows"]
-    ]
-    return "\n".join(lines)
+    return table(
+        ["method", "block", "weight decay", "test accuracy"],
+        (
+            [
+                row["method"],
+                "-" if row["method"] == "dense" else str(row["block"]),
+                f"{row['weight_decay']:g}",
+                f"{row['mean']:.2f} ± {row['std']:.2f}",
+            ]
+            for row in results["rows"]
+        ),
+    )
 
 
 def conv_accuracy(results: dict[str, Any]) -> str:
     """A row per method."""
-    lines = ["| method | test accuracy | training FLOPs |", "|---|---|---|"]
     dense = results["rows"][0]["flops"]["training"]
-    for row in results["rows"]:
-        share = row["flops"]["training"] / dense
-        lines.append(f"| {row['method']} | {row['mean']:.2f} ± {row['std']:.2f} | {share:.2f}x |")
-    return "\n".join(lines)
+    return table(
+        ["method", "test accuracy", "training FLOPs"],
+        (
+            [
+                row["method"],
+                f"{row['mean']:.2f} ± {row['std']:.2f}",
+                f"{row['flops']['training'] / dense:.2f}x",
+            ]
+            for row in results["rows"]
+        ),
+    )
 
 
 def char_lm(results: dict[str, Any]) -> str:
     """A row per method, and the entropy that a model of single characters reaches."""
-    lines = ["| method | bits per character, held out |", "|---|---|"]
-    lines += [f"| {row['method']} | {row['mean']:.2f} |" for row in results["rows"]]
-    lines.append(f"| unigram entropy of the text | {results['text']['unigram_entropy']:.2f} |")
-    return "\n".join(lines)
+    rows = [[row["method"], f"{row['mean']:.2f}"] for row in results["rows"]]
+    entropy = f"{results['text']['unigram_entropy']:.2f}"
+    rows.append(["unigram entropy of the text", entropy])
+    return table(["method", "bits per character, held out"], rows)
 
 
 def gpu_conv(found: list[tuple[Path, dict[str, Any]]]) -> str:
     """The 3x3 layer of 256 channels: what the model allows, and what each GPU's run found."""
-    lines = [
-        "| weights | forward: model's ceiling | measured | forward + dX + dW: model's ceiling "
-        "| measured |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     rows = [row for _, content in found for row in content["parts"].get("conv", {}).get("rows", [])]
     for case in CONV_CASES:
         if case.shape != CONV_CASES[0].shape or case.density != GPU_DENSITY:
@@ -88,8 +100,8 @@ def gpu_conv(found: list[tuple[Path, dict[str, Any]]]) -> str:
                 and row["density"] == case.density
             ]
             cells.append(", ".join(measured_ones) or "not yet measured")
-        lines.append(f"| {weights(case.block[0])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([weights(case.block[0]), *cells])
+    return table(GPU_HEAD, lines)
 
 
 def gpu(found: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -109,13 +121,9 @@ def gpu(found: list[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def _gpu_table(device: Device | None, content: dict[str, Any] | None) -> str:
-    lines = [
-        "| weights | forward: model's ceiling | measured | forward + dX + dW: model's ceiling "
-        "| measured | break-even density: model | measured |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for block in GPU_BLOCKS:
-        cells = [f"block {block}" if block > 1 else "unstructured"]
+        cells = [weights(block)]
         for operation in ("forward", "three"):
             problem = Problem(*SHAPE, (block, block), GPU_DENSITY)
             known = device and f"{Roofline(device).speedup(operation, problem):.2g}x"
@@ -124,8 +132,8 @@ def _gpu_table(device: Device | None, content: dict[str, Any] | None) -> str:
             cells += [known or "-", got]
         point = device and f"{Roofline(device).break_even('three', problem):.2g}"
         cells += [point or "-", break_even(speeds) or "not yet measured"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table([*GPU_HEAD, "break-even density: model", "measured"], lines)
 
 
 def gpu_results() -> list[tuple[Path, dict[str, Any]]]:

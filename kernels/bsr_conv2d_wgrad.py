@@ -17,36 +17,35 @@ summed in order by a second pass: no atomics.
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .bsr_conv2d import _FAR, _inside, _pixel, window_options
+from . import plans
 from .bsr_sddmm import _group_of_program
 from .launch import (
     arch_class,
     compute_kind,
+    empty,
+    in_dtype,
     input_precision,
     is_interpreted,
     output_dtype,
     splits,
 )
+from .pixels import FAR, advance, inside, pixel
 from .tables import find
-from .window import Window, channels_adjacent, has_adjacent_channels, images_at_once
+from .window import (
+    Window,
+    channels_adjacent,
+    has_adjacent_channels,
+    images_at_once,
+    window_options,
+)
 
 __all__ = ["bsr_conv2d_wgrad"]
-
-
-@triton.jit
-def _advance(n, p, q, dn, dp, dq, P, Q):
-    """Image, row and column of pixels a number of (dn, dp, dq) further on."""
-    q += dq
-    carry = (q >= Q).to(tl.int32)
-    q -= carry * Q
-    p += dp + carry
-    carry = (p >= P).to(tl.int32)
-    p -= carry * P
-    return n + dn + carry, p, q
 
 
 # a new batch or image size must not mean a new compilation
@@ -109,12 +108,12 @@ def _bsr_conv2d_wgrad_kernel(
         w = (tap % KW * DW - PW)[None, :]
         x_lane = x_ptr + g * Cg + h.to(tl.int64) * sxh + ch
         x_lane = x_lane[None, :] + w.to(tl.int64) * sxw
-        h = tl.where(c_in, h, _FAR)[None, :]  # lanes of no channel read nothing
+        h = tl.where(c_in, h, FAR)[None, :]  # lanes of no channel read nothing
         i = tl.arange(0, BH)
         o = row % RB * BH + i
         dy_lane = dy_ptr + (g * Cog + o)[None, :]
         first = tl.program_id(1) * span
-        n, p, q = _pixel(first + tl.arange(0, BM), P * Q, Q)
+        n, p, q = pixel(first + tl.arange(0, BM), P * Q, Q)
         dp = BM // Q
         dn = dp // P
         dp -= dn * P
@@ -122,7 +121,7 @@ def _bsr_conv2d_wgrad_kernel(
         acc = tl.zeros([G * BW, BH], dtype=tl.float32)
         for _ in range(first, min(first + span, M), BM):
             live = n < N
-            top = tl.where(live, p * SH, _FAR)[:, None]  # pixels beyond the last read nothing
+            top = tl.where(live, p * SH, FAR)[:, None]  # pixels beyond the last read nothing
             image = n.to(tl.int64)[:, None]
             at = image * syn + p.to(tl.int64)[:, None] * syh + q.to(tl.int64)[:, None] * syw
             dy = tl.load(
@@ -132,8 +131,8 @@ def _bsr_conv2d_wgrad_kernel(
             )
             left = (q * SW)[:, None]
             at = image * sxn + (p * SH).to(tl.int64)[:, None] * sxh + left.to(tl.int64) * sxw
-            x = tl.load(x_lane + at, mask=_inside(h + top, w + left, H, W), other=0.0)
-            n, p, q = _advance(n, p, q, dn, dp, dq, P, Q)
+            x = tl.load(x_lane + at, mask=inside(h + top, w + left, H, W), other=0.0)
+            n, p, q = advance(n, p, q, dn, dp, dq, P, Q)
             if INTERPRET:  # the interpreter multiplies the bit patterns of bf16
                 dy = dy.to(tl.float32)
                 x = x.to(tl.float32)
@@ -173,53 +172,73 @@ def bsr_conv2d_wgrad(
     batch, n_out, P, Q = dy.shape
     _, n_in, H, W = x.shape
     (bh, bw), groups = block, window.groups
-    arch = arch_class(x.device)
-    tile, _ = find(arch, "conv2d_wgrad", compute_kind(x.dtype), max(block), "any", tma=False)
+    plan = plans.find(_bsr_conv2d_wgrad_kernel, x, _key(dy, x, crow, col, block, window))
+    cut = plan.decide(_options, x, block, window)
     copied = sum(0 if has_adjacent_channels(a) else a.shape[1:].numel() for a in (dy, x))
     step = images_at_once(batch, copied=copied)
-    G, R, M = max(1, tile.LANES // bw), crow.numel() - 1, step * P * Q
-    programs = col.numel() // G + R
-    parts = splits(arch, programs, triton.cdiv(M, tile.BM))
+    R, M = crow.numel() - 1, step * P * Q
+    programs = col.numel() // cut["G"] + R
+    parts = splits(arch_class(x.device), programs, triton.cdiv(M, cut["BM"]))
     # rounded once: after the last images and part
     whole = parts == 1 and step >= batch
     dtype = output_dtype(x.dtype, _bsr_conv2d_wgrad_kernel) if whole else torch.float32
-    dw = x.new_empty(parts, col.numel(), *block, dtype=dtype)
+    dw = empty(x, parts, col.numel(), *block, dtype=dtype)
     if dw.numel() == 0 or dy.numel() == 0:
-        return dw[0].zero_().to(x.dtype)
+        return in_dtype(dw[0].zero_(), x.dtype)
+    span = triton.cdiv(triton.cdiv(M, parts), cut["BM"]) * cut["BM"]
+    sizes = {"H": H, "W": W, "P": P, "Q": Q, "R": R, "span": span, "part": dw[0].numel()}
+    sizes |= {"RB": triton.cdiv(n_out // groups, bh), "CB": triton.cdiv(n_in // groups, bw)}
+    sizes |= {"Cg": n_in // groups, "Cog": n_out // groups}
     for first in range(0, batch, step):
         dys, xs = (channels_adjacent(a[first : first + step]) for a in (dy, x))
-        with torch.cuda.device_of(x):
-            _bsr_conv2d_wgrad_kernel[programs, parts](
-                dys,
-                xs,
-                crow,
-                col,
-                dw,
-                len(xs) * P * Q,
-                len(xs),
-                H,
-                W,
-                P,
-                Q,
-                R,
-                triton.cdiv(n_out // groups, bh),
-                triton.cdiv(n_in // groups, bw),
-                n_in // groups,
-                n_out // groups,
-                triton.cdiv(triton.cdiv(M, parts), tile.BM) * tile.BM,
-                dw[0].numel(),
-                *(dys.stride(dim) for dim in (0, 2, 3)),
-                *(xs.stride(dim) for dim in (0, 2, 3)),
-                BH=bh,
-                BW=bw,
-                BM=tile.BM,
-                G=G,
-                ADD=first > 0,
-                PRECISION=input_precision(x.dtype),
-                INTERPRET=is_interpreted(_bsr_conv2d_wgrad_kernel),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                enable_fp_fusion=True,
-                **window_options(window),
-            )
-    return (dw[0] if parts == 1 else dw.sum(0)).to(x.dtype)
+        tensors = dys, xs, crow, col, dw
+        ADD = first > 0
+        variant = len(xs), ADD, dtype, parts
+        ordinary_kernel = plan.start(_bsr_conv2d_wgrad_kernel, tensors, variant)
+        if ordinary_kernel is not None:
+            with torch.cuda.device_of(x):
+                ordinary_kernel[programs, parts](
+                    *tensors,
+                    M=len(xs) * P * Q,
+                    N=len(xs),
+                    **{f"sy{name}": dys.stride(dim) for name, dim in _STRIDES},
+                    **{f"sx{name}": xs.stride(dim) for name, dim in _STRIDES},
+                    ADD=ADD,
+                    **sizes,
+                    **cut,
+                )
+    return in_dtype(dw[0] if parts == 1 else dw.sum(0), x.dtype)
+
+
+_STRIDES = ("n", 0), ("h", 2), ("w", 3)
+
+
+def _options(x: torch.Tensor, block: tuple[int, int], window: Window) -> dict[str, Any]:
+    kind = compute_kind(x.dtype)
+    tile, _ = find(arch_class(x.device), "conv2d_wgrad", kind, max(block), "any", tma=False)
+    return {
+        "BH": block[0],
+        "BW": block[1],
+        "BM": tile.BM,
+        "G": max(1, tile.LANES // block[1]),
+        "PRECISION": input_precision(x.dtype),
+        "INTERPRET": is_interpreted(_bsr_conv2d_wgrad_kernel),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+        **window_options(window),
+    }
+
+
+def _key(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    block: tuple[int, int],
+    window: Window,
+) -> tuple[Any, ...]:
+    """All that a product's launches depend on, the images of each apart."""
+    operands = dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype
+    held = crow.numel(), col.numel(), block, window
+    return "bsr_conv2d_wgrad", *operands, *held, input_precision(x.dtype)

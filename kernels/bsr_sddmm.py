@@ -29,9 +29,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import plans
 from .launch import (
     arch_class,
     compute_kind,
+    empty,
+    in_dtype,
     input_precision,
     is_interpreted,
     output_dtype,
@@ -207,7 +210,7 @@ def _bsr_sddmm_tma_kernel(
             )  # fmt: skip
 
 
-class _Plan(NamedTuple):
+class _Cut(NamedTuple):
     """How a product is cut: the grid, and the options of both kernels."""
 
     programs: int
@@ -241,36 +244,67 @@ def bsr_sddmm(
         (nnzb, BH, BW), contiguous, x's dtype; rows and columns outside (N, K) are exact zeros.
         `out` if it is given.
     """
-    plan = _plan(dy, x, crow, col, block)
+    plan = plans.find(_bsr_sddmm_kernel, x, _key(dy, x, crow, col, block))
+    cut: _Cut = plan.decide(_cut, dy, x, crow, col, block)
     # only a finished sum can be added to, in fp32, where the kernel may store the dtype of `out`
     added = (
         out is not None
-        and plan.parts == 1
+        and cut.parts == 1
         and out.dtype != torch.float64
         and out.dtype == output_dtype(out.dtype, _bsr_sddmm_kernel)
     )
     if out is not None and added:
-        dw = out[None]
+        dw = out
     else:
-        whole = out is None and plan.parts == 1
+        whole = out is None and cut.parts == 1
         dtype = output_dtype(x.dtype, _bsr_sddmm_kernel) if whole else torch.float32
-        dw = x.new_empty(plan.parts, col.numel(), *block, dtype=dtype)
+        parts = () if cut.parts == 1 else (cut.parts,)
+        dw = empty(x, *parts, col.numel(), *block, dtype=dtype)
     if dw.numel() > 0:
-        with torch.cuda.device_of(x):
-            (_launch_tma if plan.tma else _launch_pointer)(plan, dy, x, crow, col, dw, ADD=added)
+        tensors, variant = (dy, x, crow, col, dw), (dw.dtype, added)
+        kernel = plan.start(
+            _bsr_sddmm_tma_kernel if cut.tma else _bsr_sddmm_kernel, tensors, variant
+        )
+        if kernel is not None:
+            with torch.cuda.device_of(x):
+                (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, ADD=added)
     if out is not None and added:
         return out
-    total = dw[0] if plan.parts == 1 else dw.sum(0)
-    return total.to(x.dtype) if out is None else out.add_(total)
+    total = dw if cut.parts == 1 else dw.sum(0)
+    return in_dtype(total, x.dtype) if out is None else out.add_(total)
 
 
-def _plan(
+def _key(
     dy: torch.Tensor,
     x: torch.Tensor,
     crow: torch.Tensor,
     col: torch.Tensor,
     block: tuple[int, int],
-) -> _Plan:
+) -> tuple[Any, ...]:
+    """All that a product's launch depends on, its result's type apart."""
+    return (
+        "bsr_sddmm",
+        dy.shape,
+        dy.stride(),
+        dy.dtype,
+        x.shape,
+        x.stride(),
+        x.dtype,
+        crow.numel(),
+        col.numel(),
+        block,
+        input_precision(x.dtype),
+        (dy.data_ptr() | x.data_ptr()) % 16 == 0,
+    )
+
+
+def _cut(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    block: tuple[int, int],
+) -> _Cut:
     (M, N), K, (bh, bw) = dy.shape, x.shape[1], block
     arch = arch_class(x.device)
     tile, tma = find(
@@ -297,49 +331,34 @@ def _plan(
         "enable_fp_fusion": True,
     }
     span = triton.cdiv(triton.cdiv(M, parts), tile.BM) * tile.BM
-    return _Plan(programs, parts, span, tma, options)
+    return _Cut(programs, parts, span, tma, options)
 
 
 def _launch_pointer(
-    plan: _Plan,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    crow: torch.Tensor,
-    col: torch.Tensor,
-    dw: torch.Tensor,
-    *,
-    ADD: bool,
+    pointer_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, *, ADD: bool
 ) -> None:
-    _bsr_sddmm_kernel[plan.programs, plan.parts](
-        dy,
-        x,
-        crow,
-        col,
-        dw,
+    dy, x, crow, col, _ = tensors
+    BH, BW = cut.options["BH"], cut.options["BW"]
+    pointer_kernel[cut.programs, cut.parts](
+        *tensors,
         *dy.shape,
         x.shape[1],
         crow.numel() - 1,
-        plan.span,
-        dw[0].numel(),
+        cut.span,
+        col.numel() * BH * BW,
         *dy.stride(),
         *x.stride(),
         ADD=ADD,
-        **plan.options,
+        **cut.options,
     )
 
 
 def _launch_tma(
-    plan: _Plan,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    crow: torch.Tensor,
-    col: torch.Tensor,
-    dw: torch.Tensor,
-    *,
-    ADD: bool,
+    tma_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, *, ADD: bool
 ) -> None:
-    BM, BH, BW = (plan.options[name] for name in ("BM", "BH", "BW"))
-    _bsr_sddmm_tma_kernel[plan.programs, plan.parts](
+    dy, x, crow, col, dw = tensors
+    BM, BH, BW = (cut.options[name] for name in ("BM", "BH", "BW"))
+    tma_kernel[cut.programs, cut.parts](
         TensorDescriptor.from_tensor(dy, [BM, BH]),
         TensorDescriptor.from_tensor(x, [BM, BW]),
         crow,
@@ -347,8 +366,8 @@ def _launch_tma(
         dw,
         len(dy),
         crow.numel() - 1,
-        plan.span,
-        dw[0].numel(),
+        cut.span,
+        col.numel() * BH * BW,
         ADD=ADD,
-        **plan.options,
+        **cut.options,
     )

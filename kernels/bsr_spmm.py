@@ -30,9 +30,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import plans
 from .launch import (
     arch_class,
     compute_kind,
+    empty,
+    in_dtype,
     input_precision,
     is_interpreted,
     output_dtype,
@@ -251,6 +254,19 @@ def bsr_spmm_t(
     return _launch(dy, values, _Side(ccol, row, perm, order), None, n_out, False)
 
 
+_Given = tuple[torch.Tensor, torch.Tensor, _Side, torch.Tensor | None, torch.Tensor, bool]
+
+
+class _Cut(NamedTuple):
+    """How a product is cut, and the options of its kernel."""
+
+    grid: tuple[int]
+    tile: SpmmConfig
+    tma: bool
+    ring_kb: int | None  # shared memory for weights in the kernel that holds activations
+    options: dict[str, Any]
+
+
 def _launch(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -259,14 +275,39 @@ def _launch(
     n_out: int,
     relu: bool,
 ) -> torch.Tensor:
-    (nnzb, bh, bw), R = values.shape, side.start.numel() - 1
-    y = x.new_empty(len(x), n_out, dtype=output_dtype(x.dtype, _bsr_spmm_kernel))
+    y = empty(x, x.shape[0], n_out, dtype=output_dtype(x.dtype, _bsr_spmm_kernel))
     if y.numel() == 0:
-        return y.to(x.dtype)
+        return in_dtype(y, x.dtype)
     values = values.contiguous()
-    held = None if relu else _resident(x, values, side, bias, n_out)
-    if held is not None:
-        return held
+    given = x, values, side, bias, y, relu
+    plan = plans.find(_bsr_spmm_kernel, x, _key(given))
+    cut: _Cut = plan.decide(_cut, given)
+    if cut.ring_kb is not None:
+        return _launch_resident(x, values, side, bias, n_out, cut.ring_kb)
+    start, inner, perm, order = side
+    indices = start, inner, inner if perm is None else perm, order
+    tensors = x, values, *indices, x if bias is None else bias, y
+    kernel = plan.start(_bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel, tensors)
+    if kernel is not None:
+        sb = 0 if bias is None else bias.stride(0)
+        with torch.cuda.device_of(x):
+            (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, sb)
+    return in_dtype(y, x.dtype)
+
+
+def _key(given: _Given) -> tuple[Any, ...]:
+    """All that a product's launch depends on."""
+    x, values, side, bias, y, relu = given
+    held = values.shape, values.dtype, y.shape, side.start.numel(), side.perm is None
+    added = None if bias is None else (bias.stride(0), bias.dtype)
+    aligned = (x.data_ptr() | values.data_ptr() | y.data_ptr()) % 16 == 0
+    how = added, relu, input_precision(x.dtype), aligned
+    return "bsr_spmm", x.shape, x.stride(), x.dtype, *held, *how
+
+
+def _cut(given: _Given) -> _Cut:
+    x, values, side, bias, y, relu = given
+    (nnzb, bh, bw), R = values.shape, side.start.numel() - 1
     op, reduce, out = ("spmm", bw, bh) if side.perm is None else ("spmm_t", bh, bw)
     tile, tma = find(
         arch_class(x.device),
@@ -283,6 +324,7 @@ def _launch(
         "IN": reduce,
         "OUT": out,
         "BM": tile.BM,
+        "BK": min(tile.BK, reduce) if tma else tile.BK,
         "GROUP": tile.GROUP,
         "TRANS": side.perm is not None,
         "HAS_BIAS": bias is not None,
@@ -293,93 +335,61 @@ def _launch(
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-    grid = (triton.cdiv(len(x), tile.BM) * R,)
-    with torch.cuda.device_of(x):
-        (_launch_tma if tma else _launch_pointer)(grid, x, values, side, bias, y, tile, options)
-    return y.to(x.dtype)
+    ring_kb = _ring_kb(x, values, side.perm is not None, relu)
+    return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, options)
 
 
-def _resident(
+def _ring_kb(x: torch.Tensor, values: torch.Tensor, trans: bool, relu: bool) -> int | None:
+    """Shared memory of the kernel that holds activations, if a table asks for it and it fits."""
+    arch, op = arch_class(x.device), "spmm_t_resident" if trans else "spmm_resident"
+    _, bh, bw = values.shape
+    entry = optional(arch, op, compute_kind(x.dtype), max(bh, bw))
+    if entry is None or relu or is_interpreted(_bsr_spmm_kernel):
+        return None
+    from .bsr_spmm_resident import resident_fits  # noqa: PLC0415  Gluon is heavy, seldom needed
+
+    fits = resident_fits(arch, x.dtype, (bh, bw), x.shape[1], trans, entry.RING_KB)
+    return int(entry.RING_KB) if fits else None
+
+
+def _launch_resident(
     x: torch.Tensor,
     values: torch.Tensor,
     side: _Side,
     bias: torch.Tensor | None,
     n_out: int,
-) -> torch.Tensor | None:
-    """The product by the kernel that holds activations, if a table asks for it and it fits."""
-    arch, kind = arch_class(x.device), compute_kind(x.dtype)
-    block = values.shape[1], values.shape[2]
-    op = "spmm_resident" if side.perm is None else "spmm_t_resident"
-    entry = optional(arch, op, kind, max(block))
-    if entry is None or is_interpreted(_bsr_spmm_kernel):
-        return None
-    from . import bsr_spmm_resident as resident  # noqa: PLC0415  Gluon is heavy and seldom needed
+    ring_kb: int,
+) -> torch.Tensor:
+    from . import bsr_spmm_resident as resident  # noqa: PLC0415  likewise
 
-    if not resident.resident_fits(
-        arch, x.dtype, block, x.shape[1], side.perm is not None, entry.RING_KB
-    ):
-        return None
-    ring = {"ring_kb": entry.RING_KB}
-    if side.perm is None:
-        return resident.bsr_spmm_resident(x, values, side.start, side.inner, bias, n_out, **ring)
-    indices = side.start, side.inner, side.perm
-    return resident.bsr_spmm_t_resident(x, values, *indices, n_out, **ring)
+    start, inner, perm, _ = side
+    if perm is None:
+        return resident.bsr_spmm_resident(x, values, start, inner, bias, n_out, ring_kb=ring_kb)
+    return resident.bsr_spmm_t_resident(x, values, start, inner, perm, n_out, ring_kb=ring_kb)
 
 
 def _launch_pointer(
-    grid: tuple[int],
-    x: torch.Tensor,
-    values: torch.Tensor,
-    side: _Side,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    tile: SpmmConfig,
-    options: dict[str, Any],
+    pointer_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, sb: int
 ) -> None:
-    _bsr_spmm_kernel[grid](
-        x,
-        values,
-        side.start,
-        side.inner,
-        side.inner if side.perm is None else side.perm,
-        side.order,
-        x if bias is None else bias,
-        y,
-        *x.shape,
-        y.shape[1],
-        side.start.numel() - 1,
-        *x.stride(),
-        0 if bias is None else bias.stride(0),
-        BK=tile.BK,
-        **options,
-    )
+    x, _, start, *_, y = tensors
+    sizes = {"M": x.shape[0], "K": x.shape[1], "N": y.shape[1], "R": start.numel() - 1}
+    sizes |= {"sxm": x.stride(0), "sxk": x.stride(1), "sb": sb}
+    pointer_kernel[cut.grid](*tensors, **sizes, **cut.options)
 
 
-def _launch_tma(
-    grid: tuple[int],
-    x: torch.Tensor,
-    values: torch.Tensor,
-    side: _Side,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    tile: SpmmConfig,
-    options: dict[str, Any],
-) -> None:
-    out, BK = options["OUT"], min(tile.BK, options["IN"])
+def _launch_tma(tma_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, sb: int) -> None:
+    x, values, start, *others, y = tensors
     w = values.view(-1, values.shape[2])
-    _bsr_spmm_tma_kernel[grid](
-        TensorDescriptor.from_tensor(x, [tile.BM, BK]),
-        TensorDescriptor.from_tensor(w, [out, BK] if side.perm is None else [BK, out]),
-        side.start,
-        side.inner,
-        side.inner if side.perm is None else side.perm,
-        side.order,
-        x if bias is None else bias,
-        TensorDescriptor.from_tensor(y, [tile.BM, out]),
+    out, BM, BK = (cut.options[name] for name in ("OUT", "BM", "BK"))
+    tma_kernel[cut.grid](
+        TensorDescriptor.from_tensor(x, [BM, BK]),
+        TensorDescriptor.from_tensor(w, [BK, out] if cut.options["TRANS"] else [out, BK]),
+        start,
+        *others,
+        TensorDescriptor.from_tensor(y, [BM, out]),
         *y.shape,
-        side.start.numel() - 1,
-        0 if bias is None else bias.stride(0),
-        BK=BK,
-        SWAP=tile.SWAP,
-        **options,
+        start.numel() - 1,
+        sb,
+        SWAP=cut.tile.SWAP,
+        **cut.options,
     )

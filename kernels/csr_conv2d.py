@@ -19,21 +19,21 @@ channels of a program are neighbours in length, as a program runs as long as its
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .bsr_conv2d import _FAR, _inside, _phase, _pixel, window_options
-from .launch import arch_class, compute_kind, output_dtype
-from .tables import find
+from . import plans
+from .launch import in_dtype, input_precision, output_dtype
+from .pixels import FAR, inside, phase, pixel
 from .window import (
+    COLUMNS,
     Window,
-    columns_adjacent,
+    by_images,
     empty_images,
-    has_adjacent_columns,
-    images_at_once,
+    entry_options,
     output_size,
     wanted_format,
 )
@@ -83,8 +83,8 @@ def _csr_conv2d_kernel(
     in_o = rank < C_out
     o = tl.load(order_ptr + rank, mask=in_o, other=0)
     m = (pid // tiles) * BM + tl.arange(0, BM)
-    n, p, q = _pixel(m, PQ, Q)
-    h = tl.where(m < M, p * SH - PH, _FAR)[None, :]  # pixels beyond the last read nothing
+    n, p, q = pixel(m, PQ, Q)
+    h = tl.where(m < M, p * SH - PH, FAR)[None, :]  # pixels beyond the last read nothing
     w = (q * SW - PW)[None, :]
     lo = tl.load(start_ptr + o, mask=in_o, other=0)
     hi = tl.load(start_ptr + o + 1, mask=in_o, other=0)
@@ -104,7 +104,7 @@ def _csr_conv2d_kernel(
             v = tl.load(v_ptr + t, mask=live, other=0.0).to(tl.float32)
             x = tl.load(
                 x_pixel + shift[:, None],
-                mask=_inside(h + dh[:, None], w + dw[:, None], H, W) & live[:, None],
+                mask=inside(h + dh[:, None], w + dw[:, None], H, W) & live[:, None],
                 other=0.0,
             ).to(tl.float32)
             acc += v[:, None] * x
@@ -152,13 +152,13 @@ def _csr_conv2d_dgrad_kernel(
     c = (pid % tiles) * BN + tl.arange(0, BN)
     in_c = c < C_in
     g = c // Cg
-    fh, fw, rows, columns = _phase(H, W, SH, SW)
+    fh, fw, rows, columns = phase(H, W, SH, SW)
     m0 = (pid // tiles) * BM
     if m0 < N * rows * columns:
         m = m0 + tl.arange(0, BM)
         live_m = m < N * rows * columns
-        n, h, w = _pixel(m, rows * columns, columns)
-        p = tl.where(live_m, h, _FAR)  # pixels beyond the last read nothing
+        n, h, w = pixel(m, rows * columns, columns)
+        p = tl.where(live_m, h, FAR)  # pixels beyond the last read nothing
         dy_pixel = dy_ptr + n.to(tl.int64) * syn
         acc = tl.zeros([BN, BM], dtype=tl.float32)
         for tap in range(TAPS):
@@ -171,7 +171,7 @@ def _csr_conv2d_dgrad_kernel(
             hi = tl.load(start_ptr + key + 1, mask=met, other=0)
             ph = p + up // SH
             pw = w + left // SW
-            seen = _inside(ph, pw, P, Q)[None, :]
+            seen = inside(ph, pw, P, Q)[None, :]
             dy_tap = (dy_pixel + ph.to(tl.int64) * syh + pw * syw)[None, :]
             for i in range(0, tl.max(hi - lo), UNROLL):
                 for u in tl.static_range(UNROLL):
@@ -220,43 +220,43 @@ def csr_conv2d(
     dtype = output_dtype(x.dtype, _csr_conv2d_kernel)
     y = empty_images(x, (batch, n_out, P, Q), dtype, wanted_format(x))
     if y.numel() == 0:
-        return y.to(x.dtype)
+        return in_dtype(y, x.dtype)
     values = values.contiguous()
-    tile, _ = find(
-        arch_class(x.device), "csr_conv2d", compute_kind(x.dtype), "any", "any", tma=False
-    )
+    plan = plans.find(_csr_conv2d_kernel, x, _key("csr_conv2d", x, values, bias, n_out, window))
+    cut = plan.decide(entry_options, "csr_conv2d", x, window)
+    tiles = triton.cdiv(n_out, cut["BN"])
+    sizes = {"H": H, "W": W, "PQ": P * Q, "Q": Q, "C_out": n_out}
+    sizes |= {"Cg": n_in // window.groups, "Cog": n_out // window.groups}
+    sizes |= {"sb": 0 if bias is None else bias.stride(0), "HAS_BIAS": bias is not None}
 
     def launch(x: torch.Tensor, y: torch.Tensor) -> None:
-        M = len(x) * P * Q
-        _csr_conv2d_kernel[(triton.cdiv(M, tile.BM) * triton.cdiv(n_out, tile.BN),)](
-            x,
-            values,
-            crow,
-            col,
-            order,
-            x if bias is None else bias,
-            y,
-            M,
-            H,
-            W,
-            P * Q,
-            Q,
-            n_in // window.groups,
-            n_out // window.groups,
-            n_out,
-            *x.stride(),
-            0 if bias is None else bias.stride(0),
-            BM=tile.BM,
-            BN=tile.BN,
-            UNROLL=tile.UNROLL,
-            HAS_BIAS=bias is not None,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-            **window_options(window),
+        M, strides = (
+            len(x) * P * Q,
+            dict(zip(("sxn", "sxc", "sxh", "sxw"), x.stride(), strict=True)),
         )
+        tensors = x, values, crow, col, order, x if bias is None else bias, y
+        ordinary_kernel = plan.start(_csr_conv2d_kernel, tensors, len(x))
+        if ordinary_kernel is not None:
+            ordinary_kernel[(triton.cdiv(M, cut["BM"]) * tiles,)](
+                *tensors, M=M, **strides, **sizes, **cut
+            )
 
-    _by_images(x, y, launch)
-    return y.to(x.dtype)
+    by_images(x, y, COLUMNS, launch)
+    return in_dtype(y, x.dtype)
+
+
+def _key(
+    op: str,
+    a: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_out: int,
+    window: Window,
+) -> tuple[Any, ...]:
+    """All that a product's launches depend on, the images of each apart."""
+    added = None if bias is None else (bias.stride(0), bias.dtype)
+    held = values.shape, values.dtype, added, n_out, window
+    return op, a.shape, a.stride(), a.dtype, *held, input_precision(a.dtype)
 
 
 def csr_conv2d_dgrad(
@@ -292,54 +292,24 @@ def csr_conv2d_dgrad(
     dtype = output_dtype(dy.dtype, _csr_conv2d_dgrad_kernel)
     dx = empty_images(dy, (batch, n_in, H, W), dtype, memory_format or wanted_format(dy))
     if dx.numel() == 0:
-        return dx.to(dy.dtype)
+        return in_dtype(dx, dy.dtype)
     values = values.contiguous()
-    kind = compute_kind(dy.dtype)
-    tile, _ = find(arch_class(dy.device), "csr_conv2d_dgrad", kind, "any", "any", tma=False)
+    key = *_key("csr_conv2d_dgrad", dy, values, None, n_in, window), H, W
+    plan = plans.find(_csr_conv2d_dgrad_kernel, dy, key)
+    cut = plan.decide(entry_options, "csr_conv2d_dgrad", dy, window)
+    tiles = triton.cdiv(n_in, cut["BN"])
+    sizes = {"H": H, "W": W, "P": P, "Q": Q, "Cg": n_in // window.groups, "C_in": n_in}
+    sizes |= {"TAPS": window.kernel[0] * window.kernel[1]}
 
     def launch(dy: torch.Tensor, dx: torch.Tensor) -> None:
         M = len(dy) * triton.cdiv(H, SH) * triton.cdiv(W, SW)  # pixels of the largest phase
-        grid = triton.cdiv(M, tile.BM) * triton.cdiv(n_in, tile.BN), SH * SW
-        _csr_conv2d_dgrad_kernel[grid](
-            dy,
-            values,
-            ccol,
-            row,
-            perm,
-            dx,
-            len(dy),
-            H,
-            W,
-            P,
-            Q,
-            n_in // window.groups,
-            n_in,
-            *dy.stride(),
-            TAPS=window.kernel[0] * window.kernel[1],
-            BM=tile.BM,
-            BN=tile.BN,
-            UNROLL=tile.UNROLL,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-            **window_options(window),
-        )
+        strides = dict(zip(("syn", "syc", "syh", "syw"), dy.stride(), strict=True))
+        tensors = dy, values, ccol, row, perm, dx
+        ordinary_kernel = plan.start(_csr_conv2d_dgrad_kernel, tensors, len(dy))
+        if ordinary_kernel is not None:
+            ordinary_kernel[triton.cdiv(M, cut["BM"]) * tiles, SH * SW](
+                *tensors, N=len(dy), **strides, **sizes, **cut
+            )
 
-    _by_images(dy, dx, launch)
-    return dx.to(dy.dtype)
-
-
-def _by_images(
-    a: torch.Tensor, out: torch.Tensor, launch: Callable[[torch.Tensor, torch.Tensor], None]
-) -> None:
-    """`launch(a, out)`, both with a row's pixels side by side: copied there and back if not so."""
-    direct = out.is_contiguous()
-    copied = 0 if has_adjacent_columns(a) else a.shape[1:].numel()
-    copied += 0 if direct else out.shape[1:].numel()
-    step = images_at_once(len(a), copied=copied)
-    for n in range(0, len(a), step):
-        some, there = a[n : n + step], out[n : n + step]
-        made = there if direct else there.new_empty(there.shape)
-        with torch.cuda.device_of(a):
-            launch(columns_adjacent(some), made)
-        if not direct:
-            there.copy_(made)
+    by_images(dy, dx, COLUMNS, launch)
+    return in_dtype(dx, dy.dtype)

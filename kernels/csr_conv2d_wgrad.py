@@ -16,16 +16,23 @@ across lanes in a fixed tree, then launches and parts in order; no atomics.
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .bsr_conv2d import _inside, _pixel, window_options
-from .bsr_conv2d_wgrad import _advance
+from . import plans
 from .bsr_sddmm import _group_of_program
-from .launch import arch_class, compute_kind, output_dtype, splits
-from .tables import find
-from .window import Window, columns_adjacent, has_adjacent_columns, images_at_once
+from .launch import arch_class, empty, in_dtype, input_precision, output_dtype, splits
+from .pixels import advance, inside, pixel
+from .window import (
+    Window,
+    columns_adjacent,
+    entry_options,
+    has_adjacent_columns,
+    images_at_once,
+)
 
 __all__ = ["csr_conv2d_wgrad"]
 
@@ -80,7 +87,7 @@ def _csr_conv2d_wgrad_kernel(
         x_lane = (x_ptr + ch * sxc + h.to(tl.int64) * sxh + w * sxw)[:, None]
         dy_lane = dy_ptr + o.to(tl.int64) * syc
         first = tl.program_id(1) * span
-        n, p, q = _pixel(first + tl.arange(0, BM), P * Q, Q)
+        n, p, q = pixel(first + tl.arange(0, BM), P * Q, Q)
         dp = BM // Q
         dn = dp // P
         dp -= dn * P
@@ -92,14 +99,14 @@ def _csr_conv2d_wgrad_kernel(
                 dy_lane + image * syn + p.to(tl.int64) * syh + q * syw, mask=n < N, other=0.0
             ).to(tl.float32)
             at = image * sxn + (p * SH).to(tl.int64) * sxh + q * SW * sxw
-            seen = _inside(h[:, None] + (p * SH)[None, :], w[:, None] + (q * SW)[None, :], H, W)
+            seen = inside(h[:, None] + (p * SH)[None, :], w[:, None] + (q * SW)[None, :], H, W)
             x = tl.load(
                 x_lane + at[None, :],
                 mask=seen & live[:, None] & (n < N)[None, :],
                 other=0.0,
             ).to(tl.float32)
             acc += dy[None, :] * x
-            n, p, q = _advance(n, p, q, dn, dp, dq, P, Q)
+            n, p, q = advance(n, p, q, dn, dp, dq, P, Q)
         dw = tl.sum(acc, axis=1)
         slot = tl.program_id(1).to(tl.int64) * nnz + t
         if ADD:
@@ -129,45 +136,44 @@ def csr_conv2d_wgrad(
     """
     batch, n_out, P, Q = dy.shape
     _, n_in, H, W = x.shape
-    nnz, groups, arch = col.numel(), window.groups, arch_class(x.device)
-    tile, _ = find(arch, "csr_conv2d_wgrad", compute_kind(x.dtype), "any", "any", tma=False)
+    nnz, groups = col.numel(), window.groups
+    plan = plans.find(_csr_conv2d_wgrad_kernel, x, _key(dy, x, nnz, window))
+    cut = plan.decide(entry_options, "csr_conv2d_wgrad", x, window)
     copied = sum(0 if has_adjacent_columns(a) else a.shape[1:].numel() for a in (dy, x))
     step = images_at_once(batch, copied=copied)
-    programs, M = nnz // tile.BN + n_out, step * P * Q
-    parts = splits(arch, programs, triton.cdiv(M, tile.BM))
+    programs, M = nnz // cut["BN"] + n_out, step * P * Q
+    parts = splits(arch_class(x.device), programs, triton.cdiv(M, cut["BM"]))
     # rounded once: after the last images and part
     whole = parts == 1 and step >= batch
     dtype = output_dtype(x.dtype, _csr_conv2d_wgrad_kernel) if whole else torch.float32
-    dw = x.new_empty(parts, nnz, dtype=dtype)
+    dw = empty(x, parts, nnz, dtype=dtype)
     if dw.numel() == 0 or dy.numel() == 0:
-        return dw[0].zero_().to(x.dtype).view(nnz, 1, 1)
+        return in_dtype(dw[0].zero_(), x.dtype).view(nnz, 1, 1)
+    span = triton.cdiv(triton.cdiv(M, parts), cut["BM"]) * cut["BM"]
+    sizes = {"H": H, "W": W, "P": P, "Q": Q, "C_out": n_out, "nnz": nnz, "span": span}
+    sizes |= {"Cg": n_in // groups, "Cog": n_out // groups}
     for first in range(0, batch, step):
         dys, xs = (columns_adjacent(a[first : first + step]) for a in (dy, x))
-        with torch.cuda.device_of(x):
-            _csr_conv2d_wgrad_kernel[programs, parts](
-                dys,
-                xs,
-                crow,
-                col,
-                dw,
-                len(xs) * P * Q,
-                len(xs),
-                H,
-                W,
-                P,
-                Q,
-                n_out,
-                n_in // groups,
-                n_out // groups,
-                nnz,
-                triton.cdiv(triton.cdiv(M, parts), tile.BM) * tile.BM,
-                *dys.stride(),
-                *xs.stride(),
-                BM=tile.BM,
-                BN=tile.BN,
-                ADD=first > 0,
-                num_warps=tile.num_warps,
-                enable_fp_fusion=True,
-                **window_options(window),
-            )
-    return (dw[0] if parts == 1 else dw.sum(0)).to(x.dtype).view(nnz, 1, 1)
+        tensors = dys, xs, crow, col, dw
+        ADD = first > 0
+        variant = len(xs), ADD, dtype, parts
+        ordinary_kernel = plan.start(_csr_conv2d_wgrad_kernel, tensors, variant)
+        if ordinary_kernel is not None:
+            with torch.cuda.device_of(x):
+                ordinary_kernel[programs, parts](
+                    *tensors,
+                    M=len(xs) * P * Q,
+                    N=len(xs),
+                    **dict(zip(("syn", "syc", "syh", "syw"), dys.stride(), strict=True)),
+                    **dict(zip(("sxn", "sxc", "sxh", "sxw"), xs.stride(), strict=True)),
+                    ADD=ADD,
+                    **sizes,
+                    **cut,
+                )
+    return in_dtype(dw[0] if parts == 1 else dw.sum(0), x.dtype).view(nnz, 1, 1)
+
+
+def _key(dy: torch.Tensor, x: torch.Tensor, nnz: int, window: Window) -> tuple[Any, ...]:
+    """All that a product's launches depend on, the images of each apart."""
+    operands = dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype
+    return "csr_conv2d_wgrad", *operands, nnz, window, input_precision(x.dtype)

@@ -16,14 +16,20 @@ across lanes in a fixed tree, then chunks and parts in order; no atomics.
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from . import plans
 from .bsr_sddmm import _group_of_program
 from .launch import (
     arch_class,
     compute_kind,
+    empty,
+    in_dtype,
+    input_precision,
     output_dtype,
     splits,
     token_chunk,
@@ -98,7 +104,9 @@ def csr_sddmm(
     """
     (M, N), nnz = dy.shape, col.numel()
     arch = arch_class(x.device)
-    tile, _ = find(arch, "csr_sddmm", compute_kind(x.dtype), "any", "any", tma=False)
+    plan = plans.find(_csr_sddmm_kernel, x, _key(dy, x, nnz))
+    kind = compute_kind(x.dtype)
+    tile, _ = plan.decide(find, arch, "csr_sddmm", kind, "any", "any", tma=False)
     chunk = min(M, token_chunk(N + x.shape[1], tile.BM))
     programs = nnz // tile.BN + N
     parts = splits(arch, programs, triton.cdiv(chunk, tile.BM))
@@ -106,27 +114,24 @@ def csr_sddmm(
     # rounded once: after the last chunk and part, and with what `out` holds
     whole = out is None and parts == 1 and chunk == M
     dtype = output_dtype(x.dtype, _csr_sddmm_kernel) if whole else torch.float32
-    dw = x.new_empty(parts, nnz, dtype=dtype)
+    dw = empty(x, parts, nnz, dtype=dtype)
+    sizes = {"N": N, "nnz": nnz, "span": span, "enable_fp_fusion": True} | tile._asdict()
     for i, (dys, xs) in enumerate(zip(dy.split(chunk), x.split(chunk), strict=True)):
         dyt, xt = tokens_contiguous(dys), tokens_contiguous(xs)
-        with torch.cuda.device_of(x):
-            _csr_sddmm_kernel[(programs, parts)](
-                dyt,
-                xt,
-                crow,
-                col,
-                dw,
-                len(xs),
-                N,
-                nnz,
-                span,
-                *dyt.stride(),
-                *xt.stride(),
-                BM=tile.BM,
-                BN=tile.BN,
-                ADD=i > 0,
-                num_warps=tile.num_warps,
-                enable_fp_fusion=True,
-            )
+        tensors, ADD = (dyt, xt, crow, col, dw), i > 0
+        variant = len(xs), ADD, dtype, parts, chunk
+        ordinary_kernel = plan.start(_csr_sddmm_kernel, tensors, variant)
+        if ordinary_kernel is not None:
+            (sym, syn), (sxm, sxk) = dyt.stride(), xt.stride()
+            with torch.cuda.device_of(x):
+                ordinary_kernel[(programs, parts)](
+                    *tensors, M=len(xs), sym=sym, syn=syn, sxm=sxm, sxk=sxk, ADD=ADD, **sizes
+                )
     total = (dw[0] if parts == 1 else dw.sum(0)).view(nnz, 1, 1)
-    return total.to(x.dtype) if out is None else out.add_(total)
+    return in_dtype(total, x.dtype) if out is None else out.add_(total)
+
+
+def _key(dy: torch.Tensor, x: torch.Tensor, nnz: int) -> tuple[Any, ...]:
+    """All that a product's launches depend on, the tokens of each apart."""
+    operands = dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype
+    return "csr_sddmm", *operands, nnz, input_precision(x.dtype)

@@ -19,11 +19,23 @@ rows of a program are neighbours in length, not in place, as in Sputnik's row sw
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import arch_class, compute_kind, output_dtype, token_chunk, tokens_contiguous
+from . import plans
+from .launch import (
+    arch_class,
+    compute_kind,
+    empty,
+    in_dtype,
+    input_precision,
+    output_dtype,
+    token_chunk,
+    tokens_contiguous,
+)
 from .tables import find
 
 __all__ = ["csr_spmm", "csr_spmm_t"]
@@ -146,38 +158,43 @@ def _launch(
     relu: bool,
 ) -> torch.Tensor:
     (M, K), (start, index, perm, order) = x.shape, side
-    y = x.new_empty(M, n_out, dtype=output_dtype(x.dtype, _csr_spmm_kernel))
+    y = empty(x, M, n_out, dtype=output_dtype(x.dtype, _csr_spmm_kernel))
     if y.numel() == 0:
-        return y.to(x.dtype)
-    op, kind = "csr_spmm" if perm is None else "csr_spmm_t", compute_kind(x.dtype)
-    tile, _ = find(arch_class(x.device), op, kind, "any", "any", tma=False)
-    chunk = token_chunk(max(K, n_out), tile.BM)
+        return in_dtype(y, x.dtype)
     values = values.contiguous()
+    plan = plans.find(_csr_spmm_kernel, x, _key(x, values, perm is None, bias, n_out, relu))
+    op, kind = "csr_spmm" if perm is None else "csr_spmm_t", compute_kind(x.dtype)
+    tile, _ = plan.decide(find, arch_class(x.device), op, kind, "any", "any", tma=False)
+    chunk = token_chunk(max(K, n_out), tile.BM)
+    sizes = {"N": n_out, "sb": 0 if bias is None else bias.stride(0)}
+    flags = {"TRANS": perm is not None, "HAS_BIAS": bias is not None, "RELU": relu}
     for m in range(0, M, chunk):
-        xs, ys = tokens_contiguous(x[m : m + chunk]), y[m : m + chunk]
-        yt = y.new_empty(n_out, len(ys))
-        with torch.cuda.device_of(x):
-            _csr_spmm_kernel[(triton.cdiv(len(ys), tile.BM) * triton.cdiv(n_out, tile.BN),)](
-                xs,
-                values,
-                start,
-                index,
-                index if perm is None else perm,
-                order,
-                x if bias is None else bias,
-                yt,
-                len(ys),
-                n_out,
-                *xs.stride(),
-                0 if bias is None else bias.stride(0),
-                BM=tile.BM,
-                BN=tile.BN,
-                UNROLL=tile.UNROLL,
-                TRANS=perm is not None,
-                HAS_BIAS=bias is not None,
-                RELU=relu,
-                num_warps=tile.num_warps,
-                enable_fp_fusion=True,
-            )
+        xs, ys = (x, y) if chunk >= M else (x[m : m + chunk], y[m : m + chunk])
+        xs = tokens_contiguous(xs)
+        yt = y.new_empty(n_out, ys.shape[0])
+        indices = start, index, index if perm is None else perm, order
+        tensors = xs, values, *indices, x if bias is None else bias, yt
+        ordinary_kernel = plan.start(_csr_spmm_kernel, tensors, len(ys))
+        if ordinary_kernel is not None:
+            grid = (triton.cdiv(len(ys), tile.BM) * triton.cdiv(n_out, tile.BN),)
+            sizes |= {"M": len(ys), "sxm": xs.stride(0), "sxk": xs.stride(1)}
+            with torch.cuda.device_of(x):
+                ordinary_kernel[grid](
+                    *tensors, **sizes, **flags, **tile._asdict(), enable_fp_fusion=True
+                )
         ys.copy_(yt.t())
-    return y.to(x.dtype)
+    return in_dtype(y, x.dtype)
+
+
+def _key(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    forward: bool,
+    bias: torch.Tensor | None,
+    n_out: int,
+    relu: bool,
+) -> tuple[Any, ...]:
+    """All that a product's launches depend on, the tokens of each apart."""
+    added = None if bias is None else (bias.stride(0), bias.dtype)
+    held = values.shape, values.dtype, forward, added, n_out, relu
+    return "csr_spmm", x.shape, x.stride(), x.dtype, *held, input_precision(x.dtype)

@@ -13,6 +13,8 @@ __all__ = [
     "BLOCK_EDGES",
     "arch_class",
     "compute_kind",
+    "empty",
+    "in_dtype",
     "input_precision",
     "is_interpreted",
     "output_dtype",
@@ -88,6 +90,17 @@ def rows_class(nnzb: int, block_rows: int, edge: int) -> str:
 def output_dtype(dtype: torch.dtype, kernel: object) -> torch.dtype:
     """What a kernel stores: the interpreter's bf16 casts truncate, so there torch does the cast."""
     return torch.float32 if is_interpreted(kernel) else dtype
+
+
+def empty(like: torch.Tensor, *size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a result on the device of `like`."""
+    # a dtype that is named costs as much as the allocation
+    return like.new_empty(*size) if dtype is like.dtype else like.new_empty(*size, dtype=dtype)
+
+
+def in_dtype(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`a.to(dtype)`, which takes a microsecond even where there is nothing to do."""
+    return a if a.dtype is dtype else a.to(dtype)
 
 
 def tma_fits(*matrices: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ of the shipped table of its architecture.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ __all__ = [
     "RingConfig",
     "SddmmConfig",
     "SpmmConfig",
+    "also_forget",
     "find",
     "optional",
     "overridden",
@@ -162,6 +163,7 @@ OPTIONAL: dict[str, type[Any]] = {"spmm_resident": RingConfig, "spmm_t_resident"
 _KNOWN = CONFIGS | CONV | OPTIONAL
 
 _overrides: dict[tuple[str, Key], Any] = {}
+_depending: list[Callable[[], None]] = []
 
 
 def read(path: str | Path) -> tuple[str, dict[Key, Config]]:
@@ -236,6 +238,13 @@ def overridden(arch: str, entries: Mapping[Key, Any]) -> Iterator[None]:
         _forget()
 
 
+def also_forget(clear: Callable[[], None]) -> None:
+    """Call `clear` whenever entries change: it drops what was decided by them."""
+    _depending.append(clear)
+
+
 def _forget() -> None:
     find.cache_clear()
     optional.cache_clear()
+    for clear in _depending:
+        clear()

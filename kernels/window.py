@@ -4,22 +4,30 @@ The BSR kernels want the channels of a pixel side by side, the CSR kernels the p
 row. Other activations are copied, some images at a time: the copies stay small beside a batch.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from . import launch
+from .tables import find
 
 __all__ = [
+    "CHANNELS",
+    "COLUMNS",
     "Window",
+    "block_options",
+    "by_images",
     "channels_adjacent",
     "columns_adjacent",
     "empty_images",
+    "entry_options",
     "has_adjacent_channels",
     "has_adjacent_columns",
     "images_at_once",
     "output_size",
     "wanted_format",
+    "window_options",
 ]
 
 
@@ -85,3 +93,70 @@ def images_at_once(batch: int, *, copied: int) -> int:
     if copied == 0:
         return max(batch, 1)
     return max(1, min(batch, launch.CHUNK_ELEMENTS // copied))
+
+
+class Layout(NamedTuple):
+    """How a kernel wants images to lie: the test, the copy, and what to allocate."""
+
+    fits: Callable[[torch.Tensor], bool]
+    copied: Callable[[torch.Tensor], torch.Tensor]
+    memory_format: torch.memory_format
+
+
+CHANNELS = Layout(has_adjacent_channels, channels_adjacent, torch.channels_last)
+COLUMNS = Layout(has_adjacent_columns, columns_adjacent, torch.contiguous_format)
+
+
+def by_images(
+    a: torch.Tensor,
+    out: torch.Tensor,
+    layout: Layout,
+    launch: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """`launch(a, out)`, both as the layout wants: copied there and back where they are not."""
+    direct = out.is_contiguous(memory_format=layout.memory_format)
+    copied = 0 if layout.fits(a) else a.shape[1:].numel()
+    copied += 0 if direct else out.shape[1:].numel()
+    step = images_at_once(len(a), copied=copied)
+    for n in range(0, len(a), step):
+        some, there = (a, out) if step >= len(a) else (a[n : n + step], out[n : n + step])
+        made = there if direct else torch.empty_like(there, memory_format=layout.memory_format)
+        with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
+            launch(layout.copied(some), made)
+        if not direct:
+            there.copy_(made)
+
+
+def window_options(window: Window) -> dict[str, int]:
+    """The constants that a geometry sets in a kernel, one compilation for each geometry."""
+    (SH, SW), (PH, PW), (DH, DW) = window.stride, window.padding, window.dilation
+    shifts = {"SH": SH, "SW": SW, "PH": PH, "PW": PW, "DH": DH, "DW": DW}
+    return {"KW": window.kernel[1]} | shifts
+
+
+def block_options(
+    op: str, a: torch.Tensor, edges: tuple[int, int], window: Window, interpreted: bool
+) -> dict[str, Any]:
+    """Options of a product whose blocks have these edges along the sum and the output."""
+    arch, kind = launch.arch_class(a.device), launch.compute_kind(a.dtype)
+    tile, _ = find(arch, op, kind, edges[1], "any", tma=False)
+    return {
+        "IN": edges[0],
+        "OUT": edges[1],
+        "BM": tile.BM,
+        "BK": tile.BK,
+        "GROUP": tile.GROUP,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "PRECISION": launch.input_precision(a.dtype),
+        "INTERPRET": interpreted,
+        "enable_fp_fusion": True,
+        **window_options(window),
+    }
+
+
+def entry_options(op: str, a: torch.Tensor, window: Window) -> dict[str, Any]:
+    """The same for a product without blocks."""
+    arch, kind = launch.arch_class(a.device), launch.compute_kind(a.dtype)
+    tile, _ = find(arch, op, kind, "any", "any", tma=False)
+    return {**tile._asdict(), "enable_fp_fusion": True, **window_options(window)}

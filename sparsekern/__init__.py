@@ -8,7 +8,23 @@ sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 """
 
 from sparsekern import ops
-from sparsekern.errors import SparseKernError
+from sparsekern.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    DtypeError,
+    IncompleteError,
+    MeasurementError,
+    ModelError,
+    OptimizerError,
+    RankMismatchError,
+    ShapeError,
+    SparseKernError,
+    TopologyError,
+    TrainingLoopError,
+    UnavailableError,
+    WeightError,
+)
 from sparsekern.methods import SET, Method, RigL, Static
 from sparsekern.nn import (
     SparseConv1d,
@@ -31,10 +47,20 @@ __version__ = "0.1.0"
 __all__ = [
     "SET",
     "Budget",
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "DtypeError",
+    "IncompleteError",
+    "MeasurementError",
     "Method",
+    "ModelError",
+    "OptimizerError",
     "Plan",
+    "RankMismatchError",
     "Report",
     "RigL",
+    "ShapeError",
     "SparseConv1d",
     "SparseConv2d",
     "SparseGRU",
@@ -47,6 +73,10 @@ __all__ = [
     "SparseRNNCell",
     "Static",
     "Topology",
+    "TopologyError",
+    "TrainingLoopError",
+    "UnavailableError",
+    "WeightError",
     "densify_",
     "ops",
     "plan",

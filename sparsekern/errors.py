@@ -33,6 +33,14 @@ class UnavailableError(SparseKernError, RuntimeError):
     """A named implementation or an optional package can't be used here."""
 
 
+class IncompleteError(SparseKernError, RuntimeError):
+    """Part of a computation was not run, so that there is no result."""
+
+
+class WeightError(SparseKernError, AttributeError):
+    """What was asked of a sparse layer's `weight` needs the dense matrix, which is not stored."""
+
+
 class OptimizerError(SparseKernError, ValueError):
     """An optimizer does not hold a layer's values, or its state can't follow a topology update."""
 
@@ -63,3 +71,8 @@ class MeasurementError(SparseKernError, RuntimeError):
     def __init__(self, message: str, plan: object = None) -> None:
         super().__init__(message)
         self.plan = plan
+
+
+def told(error: BaseException) -> str:
+    """An exception on one line: its type and its text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -18,7 +18,8 @@ from sparsekern.nn.conv_arguments import check_groups
 from sparsekern.nn.kinds import SPARSE_TYPES, Weight, convert, is_depthwise, weights_of
 from sparsekern.ops.dispatch import check_impl
 from sparsekern.topology import Topology
-from sparsekern.topology.blocks import Block, active_count, as_block, check_sparsity
+from sparsekern.topology.blocks import Block, Grid, active_count, as_block, check_sparsity
+from sparsekern.topology.sampling import block_counts, check_count
 
 Pattern = str | re.Pattern[str]
 Distribution = str | Mapping[Pattern, float] | Callable[[str, nn.Module], float]
@@ -96,8 +97,9 @@ def sparsify_(
         The same model.
 
     Raises:
-        ConfigError, DtypeError, ShapeError: bad arguments, a pattern that matches nothing, or a
-            block larger than a weight. Nothing has been replaced then.
+        ConfigError, DtypeError, ShapeError, TopologyError: bad arguments, a pattern that matches
+            nothing, a block larger than a weight, or more blocks than int32 can count. Nothing has
+            been replaced then.
     """
     check_sparsity(sparsity)
     check_impl(impl)
@@ -279,6 +281,8 @@ def _check_cut(target: Target) -> None:
             f"use a smaller block or exclude=({target.name!r},)"
         )
     active = active_count(weight.parameter.numel(), target.sparsity)
+    grid = Grid.of(weight.shape, target.block, weight.groups, weight.taps)
+    check_count(block_counts(grid, active)[0], grid, f"layer {target.name!r}: ")
     check_groups(round(active / (bh * bw)), weight.groups)
 
 

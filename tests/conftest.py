@@ -9,10 +9,11 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Triton reads this when a kernel is decorated. tests/aot compiles instead, in its own process;
-# workers started from here inherit what is decided first.
+# Triton reads this when a kernel is decorated. tests/aot and tests/launch compile instead, in a
+# process of their own; workers started from here inherit what is decided first.
 if not torch.cuda.is_available():
-    compiling = any("aot" in arg for arg in sys.argv[1:] if not arg.startswith("-"))
+    folders = {part for arg in sys.argv[1:] if arg[:1] != "-" for part in arg.split("/")}
+    compiling = not folders.isdisjoint({"aot", "launch"})
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiling else "1")
 
 

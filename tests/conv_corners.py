@@ -10,7 +10,13 @@ from typing import NamedTuple
 import torch
 from conv_problems import ConvPattern, window
 
-from sparsekern.kernels import bsr_conv2d, bsr_conv2d_wgrad, csr_conv2d, csr_conv2d_wgrad
+from sparsekern.kernels import (
+    bsr_conv2d,
+    bsr_conv2d_dgrad,
+    bsr_conv2d_wgrad,
+    csr_conv2d,
+    csr_conv2d_wgrad,
+)
 from sparsekern.kernels.window import Window, output_size
 
 
@@ -83,7 +89,7 @@ def product(corner, p, held):
         launch = csr_conv2d.csr_conv2d if csr else bsr_conv2d.bsr_conv2d
         return launch(x, values, *p.forward, held["bias"], corner.n_out, w)
     if corner.op == "conv_dx":
-        launch = csr_conv2d.csr_conv2d_dgrad if csr else bsr_conv2d.bsr_conv2d_dgrad
+        launch = csr_conv2d.csr_conv2d_dgrad if csr else bsr_conv2d_dgrad.bsr_conv2d_dgrad
         return launch(dy, values, *p.transposed, corner.n_in, corner.size, w)
     if csr:
         return csr_conv2d_wgrad.csr_conv2d_wgrad(dy, x, *p.forward[:2], w)
@@ -165,7 +171,7 @@ CORNERS = (*bsr_corners(), *csr_corners())
 # an operator, whether its block is 1, and the module of its kernel
 KERNELS = {
     ("conv_y", False): "bsr_conv2d",
-    ("conv_dx", False): "bsr_conv2d",
+    ("conv_dx", False): "bsr_conv2d_dgrad",
     ("conv_dw", False): "bsr_conv2d_wgrad",
     ("conv_y", True): "csr_conv2d",
     ("conv_dx", True): "csr_conv2d",

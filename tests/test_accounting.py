@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekern.cost.timing import paired_step_times
+from sparsekern.cost.timing import paired_step_times, rounds_in, take_turns, turns
 from sparsekern.training import data
 from sparsekern.training.config import TrainConfig
 from sparsekern.training.trainer import Trainer, run
@@ -75,3 +75,19 @@ def test_paired_times_divide_neighbours(digits):
     assert times["dense"].ratio == 1
     assert times["twice"].ratio > 1.2
     assert times["dense"].seconds > 0
+
+
+def test_nobody_is_always_first():
+    expected = [(-1, "b"), (-1, "a"), (0, "a"), (0, "b"), (1, "b"), (1, "a")]
+    assert list(turns("ab", 2, warm_up=1)) == expected
+    assert list(turns("", 3)) == []
+
+
+def test_rounds_are_shared_and_warming_up_is_dropped():
+    ticks = iter(range(1, 100))
+    timing = take_turns(lambda run: run() * next(ticks), {"a": lambda: 1, "b": lambda: 2}, 2)
+    assert timing.rounds == {"a": [3, 6], "b": [8, 10]}
+    assert timing.ratios("b", "a") == [10 / 6, 8 / 3]
+    assert timing.seconds("a") == 4.5
+    assert rounds_in(1.0, 0.3, 2, 9) == 3
+    assert [rounds_in(seconds, 1.0, 2, 9) for seconds in (0.0, 100.0)] == [2, 9]

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.comparing import compare, curves, plot
 from benchmarks.comparing.results import KIND, VERSION, Timing, read
+from sparsekern.cost.crossing import break_even, last_that_holds
 from sparsekern.errors import ConfigError, DataError
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
@@ -346,11 +347,18 @@ def test_a_baseline_is_checked_without_a_common_case_too(saved):
 
 
 def test_break_even_lies_on_the_straight_line_of_logarithms():
-    assert curves.break_even([(0.1, 4.0), (0.4, 0.25)]) == pytest.approx(0.2, rel=2**-40)
-    assert curves.break_even([(0.1, 4.0), (0.4, 1.0)]) is None
-    assert curves.break_even([(0.1, 0.5), (0.4, 0.25)]) is None
-    assert curves.break_even([(0.1, 2.0), (0.2, 1.0), (0.4, 0.5)]) == 0.2
-    assert curves.break_even([]) is None
+    assert break_even([(0.4, 0.25), (0.1, 4.0)]).density == pytest.approx(0.2, rel=2**-40)
+    assert break_even([(0.1, 4.0), (0.4, 1.0)]) == (0.4, ">=")
+    assert break_even([(0.1, 4.0), (1.0, 1.5)]) == (1.0, "")
+    assert break_even([(0.1, 0.5), (0.4, 0.25)]) == (0.1, "<=")
+    assert break_even([(0.1, 2.0), (0.2, 1.0), (0.4, 0.5)]) == (0.2, "")
+    assert break_even([(0.1, 2.0), (0.2, 0.5), (0.4, 1.0), (0.8, 0.5)]) == (0.4, "")  # the last
+    assert break_even([]) is None
+
+
+@pytest.mark.parametrize("edge", [0.0, 0.3, 0.75, 1.0])
+def test_halving_finds_the_last_that_holds(edge):
+    assert last_that_holds(lambda x: x <= edge, 0.0, 1.0) == pytest.approx(edge, abs=2**-49)
 
 
 def test_curves_are_sorted_and_need_enough_densities(saved):

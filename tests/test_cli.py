@@ -253,7 +253,7 @@ def test_typo_names_the_choices(case, capsys):
 def test_missing_extra_is_named(package, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     assert main([*TINY, "--picture", str(tmp_path / "p.png")]) == 2
-    assert 'pip install "sparsekern[demo]"' in capsys.readouterr().err
+    assert 'pip install "sparsekern[cpu,demo]"' in capsys.readouterr().err
 
 
 def test_picture_without_matplotlib(monkeypatch):

@@ -292,7 +292,7 @@ def test_a_layer_on_two_resolutions_grows_by_the_sum_of_both():
     for x, dy in zip(images, gradients, strict=True):
         dense(x).backward(dy)
     (sum((layer(x) * dy).sum() for x, dy in zip(images, gradients, strict=True))).backward()
-    scores = rigl.observers["0"].scores()
+    scores = rigl.growth.observers["0"].scores()
     matrix = dense.weight.grad.permute(0, 2, 3, 1).reshape(layer.matrix_shape).abs()
     assert torch.equal(scores.active, layer.topology.pack(matrix).flatten())
 

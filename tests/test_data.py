@@ -107,7 +107,7 @@ def test_missing_places(tmp_path):
 
 def test_missing_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
-    with pytest.raises(UnavailableError, match=r'pip install "sparsekern\[demo\]"'):
+    with pytest.raises(UnavailableError, match=r'pip install "sparsekern\[cpu,demo\]"'):
         data.load("digits")
 
 

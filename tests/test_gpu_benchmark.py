@@ -18,6 +18,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.gpu import cases, report  # noqa: E402
 from benchmarks.gpu.store import SCHEMA, Store  # noqa: E402
+from sparsekern.tuning import trial as kit  # noqa: E402
 
 command = importlib.import_module("benchmarks.gpu.__main__")
 
@@ -157,7 +158,7 @@ def test_a_case_that_is_wrong_only_at_its_own_size_gets_no_number(monkeypatch):
         for kernel in ("spmm", "spmm_t", "sddmm")
     ]
     bench = Bench(SMALL, torch.device("cpu"), Gate(passed))
-    o = bench.operands(cases.Shape(16, 32, 32), (16, 16), 0.5, "bf16")
+    o = bench.operands(kit.Shape(16, 32, 32), (16, 16), 0.5, "bf16")
     assert set(bench.verdicts(o).values()) == {"ok"}
     right = backend.bsr_sddmm
     monkeypatch.setattr(backend, "bsr_sddmm", lambda *a, **k: right(*a, **k) * 2)
@@ -200,7 +201,8 @@ def test_what_was_not_checked_gets_no_number():
 
 
 def test_the_bound_and_the_comparison_can_fail():
-    from benchmarks.gpu.correctness import Sum, beyond_bound, difference
+    from benchmarks.gpu.correctness import beyond_bound
+    from sparsekern.tuning.trial import Sum, difference
 
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     want = Sum(exact, exact, 4)
@@ -316,7 +318,7 @@ def test_readme_table_of_measured_results():
     assert "| block 64 | 6.3x | 3.2x | 6.3x | 4x | 0.63 | 0.2 |" in table
     assert "| block 16 | 1.8x | not yet measured |" in table
     assert "Measured on NVIDIA H200" in table
-    assert "(benchmarks/results/h200/speed.json)" in table
+    assert "(../benchmarks/results/h200/speed.json)" in table  # from docs/
 
 
 def test_picture_of_measured_results(tmp_path):

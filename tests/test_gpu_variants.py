@@ -14,6 +14,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from benchmarks.gpu import cases, report  # noqa: E402
+from sparsekern.tuning import trial as kit  # noqa: E402
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -67,7 +68,7 @@ def test_a_variant_must_be_what_is_launched():
     from benchmarks.gpu import variants
     from sparsekern.kernels.tables import Key, SddmmConfig
 
-    o = bench_of(cases.DRY).operands(cases.Shape(16, 32, 32), (16, 16), 0.5, "bf16")
+    o = bench_of(cases.DRY).operands(kit.Shape(16, 32, 32), (16, 16), 0.5, "bf16")
     run = variants.products(o, "triton")["dw"]
     trial = variants.Trial(
         "other", Key("sddmm", "half", "32", "any", "pointer"), SddmmConfig(64, 128, 4, 3)
@@ -82,11 +83,11 @@ def test_all_variants_of_a_full_run():
 
     found = {}
     for edge in (128, 64, 32, 16):
-        topology = cases.random_topology(
+        topology = kit.random_topology(
             cases.FULL.variant_shape, (edge, edge), 0.1, torch.device("cpu")
         )
         nothing = torch.empty(0, 0, dtype=torch.bfloat16)
-        o = cases.Operands(topology, "bf16", 0.1, nothing, nothing, nothing)
+        o = kit.Operands(topology, "bf16", 0.1, nothing, nothing, nothing)
         forward = variants._forward_trials(o, few=False) if edge >= 64 else []
         dw = variants._dw_trials(o, few=False) if edge <= 64 else []
         found |= {(edge, trial.name): trial for trial in forward + dw}
@@ -106,8 +107,8 @@ def test_all_variants_of_a_full_run():
 @pytest.mark.parametrize("operation", ["forward", "dx"])
 def test_the_resident_kernel_gets_a_number_only_if_right(operation, monkeypatch):
     from benchmarks.gpu import resident
-    from benchmarks.gpu.correctness import products
-    from benchmarks.gpu.timing import HostClock
+    from sparsekern.cost.timing import HostClock
+    from sparsekern.tuning.trial import products
 
     monkeypatch.setattr(resident, "DENSITY", 0.5)
     case = resident.Case(operation, (16, 16), 16, 32, 32, bias=operation == "forward", timed=True)
@@ -138,14 +139,15 @@ def test_the_resident_kernel_gets_a_number_only_if_right(operation, monkeypatch)
 
 
 MISFITS = """
-from benchmarks.gpu import cases, resident
+from benchmarks.gpu import resident
+from sparsekern.tuning import trial as kit
 from sparsekern.kernels.bsr_spmm_resident import resident_fits
 
 print([
     case
     for case in resident.CASES
     if not resident_fits(
-        "sm90", cases.DTYPES[case.kind], case.block, case.held, case.operation == "dx"
+        "sm90", kit.DTYPES[case.kind], case.block, case.held, case.operation == "dx"
     )
 ])
 """
@@ -192,7 +194,7 @@ def test_cases_outlive_the_workers_that_die_of_them():
     begin = time.monotonic()
     found = list(supervised([sys.executable, "-c", WORKER], range(6), 3.0, begin + 60))
     assert [row.get("n") for row in found] == [0, None, 2, None, 4, 5]
-    assert found[1]["status"] == "failed: exit 9: died of it"
+    assert found[1]["status"] == "failed: the process ended with code 9: died of it"
     assert found[3]["status"] == "failed: no answer after 3 s"
     assert time.monotonic() - begin < 30
 
@@ -200,7 +202,7 @@ def test_cases_outlive_the_workers_that_die_of_them():
         supervised([sys.executable, "-c", "raise SystemExit(4)"], range(5), 3.0, begin + 60)
     )
     assert [row["status"] for row in found] == [
-        *["failed: exit 4: "] * 4,
+        *["failed: the process ended with code 4: nothing on stderr"] * 4,
         "not run: 4 processes died before it",
     ]
     found = list(supervised([sys.executable, "-c", WORKER], [0, 3], 30.0, time.monotonic() + 2))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sparsekern
+from sparsekern import errors
 
 ROOT = Path(sparsekern.__file__).resolve().parent.parent
 
@@ -113,6 +114,7 @@ before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enab
           torch.get_float32_matmul_precision(), list(warnings.filters), random.getstate(),
           torch.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled())
 import sparsekern
+from sparsekern import errors
 after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
          torch.get_float32_matmul_precision(), list(warnings.filters), random.getstate(),
          torch.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled())
@@ -137,3 +139,21 @@ def test_the_kernels_folder_is_no_package_of_its_own():
 def test_public_names_exist_and_are_documented():
     for name in sparsekern.__all__:
         assert getattr(sparsekern, name).__doc__, name
+
+
+def test_every_error_class_is_public():
+    raised = {
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and name[0] != "_"
+    }
+    assert raised <= set(sparsekern.__all__)
+    for name in raised:
+        assert getattr(sparsekern, name) is getattr(errors, name)
+        assert issubclass(getattr(errors, name), sparsekern.SparseKernError)
+
+
+def test_forks_are_watched_from_the_first_import_on():
+    result = run(
+        "import sparsekern, sys; assert 'sparsekern.ops.cpu.threads' in sys.modules; "
+        "assert 'numba' not in sys.modules"
+    )
+    assert result.returncode == 0, result.stderr

@@ -296,7 +296,7 @@ def test_weight_view_makes_fused_inference_paths_step_aside():
     with torch.no_grad():
         expected = encoder.train(mode=False)(x)
     assert expected.shape == x.shape
-    with pytest.raises(DtypeError, match=r"use layer\.weight\.to_dense"):
+    with pytest.raises(DtypeError, match=r"layer\.weight\.to_dense"):
         torch.add(encoder.linear1.weight, 1)
 
 

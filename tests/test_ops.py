@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from support import IMPLS, assert_within, integer_values, integers, product_bound
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import ops
@@ -16,7 +18,7 @@ from sparsekern.errors import (
     SparseKernError,
     UnavailableError,
 )
-from sparsekern.ops import checks, crossover, dispatch, library
+from sparsekern.ops import crossover, dispatch, library
 from sparsekern.topology import Topology
 
 # (tokens, rows, cols, block, sparsity): 1, primes, block - 1, block + 1, full, nearly empty, empty
@@ -265,15 +267,27 @@ def test_what_is_not_finite_shows_without_active_blocks_too(impl, bad, norm):
     assert not found.is_finite()
 
 
-def test_the_density_has_no_say_in_grow_scores(monkeypatch):
-    asked = []
-    real = ops.resolve
-    for module in (ops, checks):
-        monkeypatch.setattr(module, "resolve", lambda *args: asked.append(args[4:]) or real(*args))
-    topology = Topology.random((40, 33), 4, sparsity=0.1)
-    ops.grow_scores(torch.ones(5, 40), torch.ones(5, 33), topology, 2)
-    ops.spmm(torch.ones(5, 33), torch.ones(topology.values_shape), topology)
-    assert asked == [(), (topology.block_density,)]
+class Impls(TorchDispatchMode):
+    """Notes which implementation each operator was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sparsekern":
+            self.seen.append((func._opname, args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")
+def test_the_density_has_no_say_in_grow_scores():
+    topology = Topology.random((64, 48), 16, sparsity=0.1)  # a GPU computes it densely
+    on_gpu = dispatch.Assumed(None, torch.device("cuda"))
+    with FakeTensorMode(allow_non_fake_inputs=True), Impls() as impls:
+        ops.grow_scores(torch.ones(5, 64), torch.ones(5, 48), topology, 2, impl=on_gpu)
+        ops.spmm(torch.ones(5, 48), torch.ones(topology.values_shape), topology, impl=on_gpu)
+    assert impls.seen == [("grow_scores", "triton"), ("spmm", "dense")]
 
 
 @pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern.errors import ConfigError
+from sparsekern.errors import ConfigError, told
 from sparsekern.show import output_files
 
 
@@ -61,3 +61,27 @@ def test_what_is_no_file_is_written_to_and_not_replaced():
     null = Path("/dev/null")
     assert output_files.write(Result(), files_of("--csv", str(null))) == [null]
     assert null.is_char_device()
+
+
+@pytest.mark.parametrize("content", ["text\n", b"\x89PNG"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, content):
+    path, link = tmp_path / "a.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    output_files.write_whole(path, "old")
+    output_files.write_whole(link, content)
+    assert link.is_symlink()
+    data = content.encode() if isinstance(content, str) else content
+    assert path.read_bytes() == data
+
+    def full(_descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(output_files.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        output_files.write_whole(path, "new")
+    assert path.read_bytes() == data
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.json", "link.json"}
+
+
+def test_an_error_is_told_on_one_line():
+    assert told(ValueError("two\n  lines")) == "ValueError: two lines"

@@ -79,7 +79,7 @@ assert "/env/" in sparsekern.__file__, sparsekern.__file__
 assert importlib.util.find_spec("kernels") is None
 print(sparsekern.SparseLinear(8, 8)(torch.ones(2, 8)).shape)
 import sparsekern.models
-print(sparsekern.models.lenet_300_100()(torch.ones(2, 784)).shape)
+print(sparsekern.models.lenet_300_100()(torch.ones(2, 1, 28, 28)).shape)
 """
     env["PYTHONPATH"] = str(borrowed)
     result = subprocess.run(
@@ -92,3 +92,11 @@ print(sparsekern.models.lenet_300_100()(torch.ones(2, 784)).shape)
     )
     assert result.returncode == 2
     assert "rigle" in result.stderr
+
+
+def test_triton_comes_along_on_linux_and_numba_by_an_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "triton>=3.6; platform_system == 'Linux'" in project["dependencies"]
+    assert not any("numba" in needed for needed in project["dependencies"])
+    assert any("numba" in needed for needed in project["optional-dependencies"]["cpu"])
+    assert "triton" in project["optional-dependencies"]  # the name of old goes on working

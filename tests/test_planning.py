@@ -14,8 +14,9 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.cost import cpu_rates
 from sparsekern.cost.held import held_bytes
-from sparsekern.cost.predict import CudaTimes, _covered, predictor
+from sparsekern.cost.predict import CudaTimes, predictor
 from sparsekern.errors import ConfigError, DtypeError, ModelError
+from sparsekern.ops.crossover import covers
 from sparsekern.planning.examine import examine
 from sparsekern.planning.share import LEAST_SHARE
 
@@ -220,7 +221,7 @@ def test_calls_and_shapes_of_every_kind_of_layer():
     assert [(u.tokens, u.steps) for u in uses["cell"]] == [(4, 1)]
     assert uses["unused"] == ()
     assert [u.states for u in uses["gru"]] == [4 * 20]  # the first state is no result
-    own = sum(u.step_flops(p, p.size) for la in found.layers for u in la.uses for p in la.parts)
+    own = sum(p.step_flops(u, p.size) for la in found.layers for u in la.uses for p in la.parts)
     depthwise = 6 * 4 * 5 * 5 * 64 * 9
     assert found.step_flops == own + depthwise
 
@@ -343,7 +344,7 @@ def test_the_blocks_of_gpu_predictions_are_those_of_the_kernels(block):
     pytest.importorskip("triton")
     from sparsekern.kernels.launch import supported
 
-    assert _covered(block) == supported(block)
+    assert covers(block) == supported(block)
 
 
 def test_gpu_predictions_of_convolutions_and_recurrent_layers():

@@ -5,6 +5,7 @@ that the test says.
 """
 
 import json
+import math
 import sys
 
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.cli.main import main
-from sparsekern.cost.predict import BreakEven, predictor
+from sparsekern.cost.crossing import BreakEven
+from sparsekern.cost.predict import predictor
 from sparsekern.cost.timing import StepTime
 from sparsekern.errors import ConfigError, MeasurementError
 from sparsekern.planning import PlanInterrupted
@@ -270,9 +272,11 @@ def test_ratios_between_points_are_straight_on_log_density():
 
 
 def test_break_even_of_a_curve():
-    # the best is 0.5 at 0.1 and 1.25 at 0.4: two thirds of the way, a factor of 4^(2/3)
-    assert CURVE.break_even([(1, 1), (8, 8)]).density == pytest.approx(0.1 * 4 ** (2 / 3))
-    assert CURVE.break_even([(1, 1)]).density == pytest.approx(0.2)
+    # the best is 0.5 at 0.1 and 1.25 at 0.4, on a straight line of logarithms between them
+    share = math.log(2) / math.log(2.5)
+    assert CURVE.break_even([(1, 1), (8, 8)]).density == pytest.approx(0.1 * 4**share)
+    share = math.log(2) / math.log(3)
+    assert CURVE.break_even([(1, 1)]).density == pytest.approx(0.1 * 4**share)
     slow = Curve(1.0, {(1, 1): ((0.05, 1.5), (0.1, 2.0))}, 5)
     assert slow.break_even([(1, 1)]) == BreakEven(0.05, "<=")
     fast = Curve(1.0, {(1, 1): ((0.05, 0.5), (0.1, 0.7))}, 5)

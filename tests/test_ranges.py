@@ -74,7 +74,8 @@ def test_a_topology_update_shows_its_parts(method, scored, compiled):
         updated = len(attached.history) - before
         seen.append(updated)
         assert found.get("sparsekern::update", 0) == updated
-        assert found.get("sparsekern::drop_grow", 0) == 2 * updated
+        assert found.get("sparsekern::drop", 0) == 2 * updated
+        assert found.get("sparsekern::grow", 0) == 2 * updated
         assert found.get("sparsekern::rewire", 0) == 2 * updated
         assert found.get("sparsekern::score", 0) == 2 * updated * scored
     assert set(seen) == {0, 1}
@@ -90,7 +91,7 @@ def test_ranges_lie_inside_each_other_and_name_the_layer():
     assert method.history
     events = {e.name: e for e in profiler.events() if e.name.startswith("sparsekern::")}
     outer = events["sparsekern::update"].time_range
-    for name in ("sparsekern::drop_grow", "sparsekern::rewire"):
+    for name in ("sparsekern::drop", "sparsekern::grow", "sparsekern::rewire"):
         inner = events[name].time_range
         assert outer.start <= inner.start <= inner.end <= outer.end
 

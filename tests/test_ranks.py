@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support import integers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsekern import SET, RigL, sparse_layers, sparsify_
+from sparsekern import SET, RigL, SparseLinear, Topology, sparse_layers, sparsify_
 from sparsekern.errors import RankMismatchError
 
 STEPS = 9
@@ -59,12 +60,49 @@ def worker(rank, world, port, method, block, queue, sabotage):
         dist.destroy_process_group()
 
 
-def spawn(world, method, block, sabotage=False):
+def broadcasting(rank, world, port, queue):
+    """A model of another topology on each rank, in a DDP module that broadcasts buffers."""
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    model = nn.Sequential(SparseLinear(24, 32, bias=False, sparsity=0.5), nn.BatchNorm1d(32))
+    layer = model[0]
+    queue.put((rank, "own", layer.topology.digest()))
+    ddp = DistributedDataParallel(model)
+    queue.put((rank, "built", layer.topology.digest()))
+    if rank == 0:  # the next broadcast carries it to the others, past the tensors' versions
+        layer.rewire_(other_topology(layer, 7), torch.arange(layer.topology.nnzb), [layer.values])
+    layer.set_active_values(integers(*layer.values.shape))
+    x = integers(5, 24)
+    y = ddp(x).sum()
+    right = torch.equal(layer(x), layer.to_dense()(x))
+    queue.put((rank, "trained", (layer.topology.digest(), right)))
+    y.backward()
+    queue.put((rank, "broadcast", sorted(ddp.named_module_buffers)))
+    layer.rewire_(other_topology(layer, rank), torch.arange(layer.topology.nnzb), [layer.values])
+    before = layer.topology.digest()
+    ddp(x).sum().backward()
+    queue.put((rank, "kept", layer.topology.digest() == before))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def other_topology(layer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Topology.random(layer.matrix_shape, nnzb=layer.topology.nnzb, generator=generator)
+
+
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def spawn(world, method, block, sabotage=False):
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(worker, (world, port, method, block, queue, sabotage), nprocs=world)
+    mp.spawn(worker, (world, free_port(), method, block, queue, sabotage), nprocs=world)
     return dict(queue.get() for _ in range(world))
 
 
@@ -83,3 +121,21 @@ def test_a_rank_that_diverges_is_named():
     results = spawn(2, RigL, 1, sabotage=True)
     for rank in (0, 1):
         assert "layer '0' has another topology on rank 1 than on rank 0" in results[rank]
+
+
+@pytest.mark.slow
+def test_index_arrays_are_made_equal_once_and_then_stay_out_of_the_broadcast():
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(broadcasting, (2, free_port(), queue), nprocs=2)
+    found = {}
+    while not queue.empty():
+        rank, what, value = queue.get()
+        found.setdefault(what, {})[rank] = value
+    assert found["own"][0] != found["own"][1]
+    assert found["built"] == dict.fromkeys((0, 1), found["own"][0])
+    assert found["trained"][0] == found["trained"][1]
+    assert found["trained"][0][1]
+    assert found["trained"][0][0] != found["own"][0]
+    left = ["1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    assert found["broadcast"] == dict.fromkeys((0, 1), left)
+    assert found["kept"] == dict.fromkeys((0, 1), True)

@@ -152,5 +152,7 @@ def test_four_byte_operands_move_twice_as_much():
 def test_unknown_names():
     assert device_named("NVIDIA H200").name == "NVIDIA H200"
     assert device_named("NVIDIA H200 NVL") is None  # the same chip at other clocks
+    assert device_named("NVIDIA H100 80GB HBM3").hbm == 3.0e12
+    assert device_named("NVIDIA H100 PCIe") is None
     with pytest.raises(ValueError, match=r"must be grow or one of .*; got 'backward'"):
         MODEL.predict("backward", problem(64, 0.1))

@@ -4,7 +4,10 @@ import itertools
 
 import pytest
 import torch
+from support import AllocationTracer
+from torch import nn
 
+import sparsekern as sk
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError, TopologyError
 from sparsekern.topology import ARRAY_NAMES, Topology
 from sparsekern.topology.blocks import active_count, as_block, check_sparsity
@@ -282,3 +285,38 @@ def test_parts_tell_topologies_apart():
         Topology.random((8, 8), 2, sparsity=0, groups=3)
     with pytest.raises(ShapeError, match="larger than the channels of a group: 4 outputs, 2 in"):
         Topology.random((8, 8), 4, sparsity=0, groups=2, taps=4)
+
+
+HUGE = nn.Sequential(nn.Linear(8, 8), nn.Linear(70_000, 70_000, device="meta"))
+TOO_MANY = {
+    "random": lambda: Topology.random((70_000, 70_000), 1, sparsity=0.1),
+    "nnzb": lambda: Topology.random((70_000, 70_000), 1, nnzb=2**31),
+    "linear": lambda: sk.SparseLinear(70_000, 70_000, sparsity=0.1),
+    "conv": lambda: sk.SparseConv2d(30_000, 30_000, 3, sparsity=0.1),
+    "recurrent": lambda: sk.SparseGRU(40_000, 40_000, sparsity=0.1),
+    "sparsify_": lambda: sk.sparsify_(HUGE, distribution={"1": 0.1}, block={"0": 2}),
+}
+
+
+@pytest.mark.parametrize("make", TOO_MANY.values(), ids=TOO_MANY)
+def test_more_blocks_than_int32_counts_are_refused_before_they_are_drawn(make):
+    with (
+        AllocationTracer() as tracer,
+        pytest.raises(TopologyError, match="at most 2147483647 blocks can be active; .* would"),
+    ):
+        make()
+    assert tracer.largest <= 64
+
+
+def test_the_layer_with_too_many_blocks_is_named():
+    with pytest.raises(TopologyError, match="layer '1': at most"):
+        TOO_MANY["sparsify_"]()
+
+
+def test_a_clone_does_not_change_with_the_layer():
+    layer = sk.SparseLinear(16, 16, sparsity=0.5)
+    shared, kept, before = layer.topology, layer.topology.clone(), layer.topology.positions()
+    other = Topology.random((16, 16), nnzb=shared.nnzb)
+    layer.rewire_(other, torch.full((other.nnzb,), -1), [layer.values])
+    assert shared == layer.topology == other
+    assert torch.equal(kept.validate().positions(), before)

@@ -41,7 +41,7 @@ def test_the_worked_update():
     assert k == 3
     keep = drop_smallest(block_norm(values, "l1"), k)
     assert topology.positions()[keep].tolist() == [0, 7, 11]
-    grown = grow_largest(topology, keep, scores_of(topology, G))
+    grown = grow_largest(topology, keep, 3, scores_of(topology, G))
     assert grown.tolist() == [2, 4, 10]
     update = rewire(topology, keep, grown)
     assert torch.equal(update.topology.to_mask().int(), NEW_MASK.int())
@@ -64,7 +64,7 @@ def test_ties_go_to_the_lowest_position():
     assert keep.tolist() == [True] * 4 + [False] * 2
     empty = Topology.from_mask(torch.tensor([[0, 0, 1], [0, 0, 1]]))
     keep = torch.tensor([True, False])
-    assert grow_largest(empty, keep, scores_of(empty, torch.zeros(2, 3))).tolist() == [0]
+    assert grow_largest(empty, keep, 1, scores_of(empty, torch.zeros(2, 3))).tolist() == [0]
     assert topology.nnzb == 6
 
 
@@ -96,13 +96,14 @@ def test_random_updates_keep_every_invariant(block, fraction):
     topology = Topology.random((22, 31), block, sparsity=0.7, generator=g)
     values = topology.pack(torch.randn(22, 31, generator=g))
     for step in range(60):
-        keep = drop_smallest(block_norm(values, "l2"), drop_count(topology.nnzb, fraction))
+        n = drop_count(topology.nnzb, fraction)
+        keep = drop_smallest(block_norm(values, "l2"), n)
         if step % 2:
-            grown = grow_random(topology, keep, g)
+            grown = grow_random(topology, keep, n, g)
         else:
             gradient = torch.randn(22, 31, generator=g)
-            grown = grow_largest(topology, keep, scores_of(topology, gradient, "l2"))
-        assert len(grown) == int((~keep).sum()) == len(set(grown.tolist()))
+            grown = grow_largest(topology, keep, n, scores_of(topology, gradient, "l2"))
+        assert len(grown) == n == int((~keep).sum()) == len(set(grown.tolist()))
         update = rewire(topology, keep, grown)
         new = update.topology.validate()
         assert new.nnzb == topology.nnzb
@@ -124,7 +125,7 @@ def test_random_growth_is_uniform_over_non_survivors():
     keep = torch.tensor([True, False, True, False])
     counts = torch.zeros(8)
     for seed in range(1200):
-        grown = grow_random(topology, keep, torch.Generator().manual_seed(seed))
+        grown = grow_random(topology, keep, 2, torch.Generator().manual_seed(seed))
         counts[grown] += 1
     assert counts[[0, 5]].tolist() == [0, 0]  # the survivors
     # each of 6 free positions: Binomial(1200, 1/3), mean 400, standard deviation 16.3

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -65,19 +63,6 @@ def memory(results: Results) -> tuple[Panel, ...]:
     return tuple(
         panel._replace(others=peak.curves) for panel, peak in zip(held, peaks, strict=True)
     )
-
-
-def break_even(points: Sequence[tuple[float, float]]) -> float | None:
-    """The density at which a speed-up falls to 1, between two measured ones; None if it does not.
-
-    Interpolated on a straight line of logarithms; the last crossing from above.
-    """
-    found = None
-    for (d0, s0), (d1, s1) in itertools.pairwise(points):
-        if s0 >= 1 > s1:
-            share = math.log(s0) / (math.log(s0) - math.log(s1))
-            found = math.exp(math.log(d0) + share * (math.log(d1) - math.log(d0)))
-    return found
 
 
 def digest(panels: Sequence[Panel]) -> str:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparing.curves import Curve, Panel, break_even, digest, memory, speedups
+from benchmarks.comparing.curves import Curve, Panel, digest, memory, speedups
 from benchmarks.comparing.results import Results
-from sparsekern.errors import DataError, UnavailableError
-from sparsekern.training.data import DEMO_EXTRA
+from sparsekern.cost.crossing import break_even
+from sparsekern.errors import DataError
+from sparsekern.show.output_files import write_figure
+from sparsekern.training.picture import check_available
 
 COLORS = {128: "#08306b", 64: "#2171b5", 32: "#238b45", 16: "#e6850e", 4: "#9e6dc9", 1: "#c0392b"}
 """By block; the one of the picture that is the same in every panel."""
@@ -38,7 +40,7 @@ def plot(results: Results, out: Path) -> list[Path]:
     """
     if not out.is_dir():
         raise DataError(f"`out` must be an existing folder; got {str(out)!r}")
-    _check_available()
+    check_available()
     # all that can fail comes before the first file is written
     drawings = [(out / name, panels(results), draw) for name, (panels, draw) in FIGURES.items()]
     for path, panels, draw in drawings:
@@ -91,14 +93,15 @@ def _draw_speed(panels: Sequence[Panel], path: Path, source: str) -> None:
         )
         for curve in panel.curves:
             _line(axis, curve)
-            point = break_even(curve.points)
-            if point is not None:
-                axis.plot([point], [1], "o", ms=9, mfc="white", mec=_color(curve), mew=2, zorder=5)
+            even = break_even(curve.points)
+            if even is not None and not even.bound:
+                dot = {"ms": 9, "mfc": "white", "mec": _color(curve), "mew": 2, "zorder": 5}
+                axis.plot([even.density], [1], "o", **dot)
         axis.set_title(panel.title, fontsize=12, color=INK)
         axis.set_ylabel("speed-up over dense")
         _log_axes(axis, densities, (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50), "{:g}x")
         _legend(axis, panel, "ideal: 1 / density", _crossing)
-    figure.savefig(path, format="png", metadata={DATA_KEY: digest(panels)})
+    write_figure(figure, path, metadata={DATA_KEY: digest(panels)})
 
 
 def _draw_memory(panels: Sequence[Panel], path: Path, source: str) -> None:
@@ -116,7 +119,7 @@ def _draw_memory(panels: Sequence[Panel], path: Path, source: str) -> None:
         axis.set_ylabel("bytes, times dense")
         _log_axes(axis, densities, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5), "{:g}x")
         _legend(axis, panel, "ideal: density", lambda _: "", dotted="peak of a step")
-    figure.savefig(path, format="png", metadata={DATA_KEY: digest(panels)})
+    write_figure(figure, path, metadata={DATA_KEY: digest(panels)})
 
 
 FIGURES: dict[
@@ -178,13 +181,9 @@ def _legend(
 
 def _crossing(curve: Curve) -> str:
     """Where it breaks even, or that it does not among the measured densities."""
-    point = break_even(curve.points)
-    if point is not None:
-        return f": breaks even at {point:.2g}"
-    (lowest, first), (highest, last) = curve.points[0], curve.points[-1]
-    if last >= 1:
-        return f": faster up to {highest:g}"
-    return f": slower from {lowest:g}" if first < 1 else ""
+    even = break_even(curve.points)
+    words = {"": "breaks even at", ">=": "faster up to", "<=": "slower from"}
+    return f": {words[even.bound]} {even.density:.2g}" if even else ""
 
 
 def _color(curve: Curve) -> str:
@@ -202,10 +201,3 @@ def _source(results: Results) -> str:
         f"{facts.get('processor')}, {facts.get('threads')} threads, float32, "
         f"torch {facts.get('torch')}, commit {facts.get('commit')}"
     )
-
-
-def _check_available() -> None:
-    try:
-        import matplotlib as mpl  # noqa: F401, PLC0415  an optional extra
-    except ImportError as error:
-        raise UnavailableError(f"a picture needs matplotlib: {DEMO_EXTRA}") from error

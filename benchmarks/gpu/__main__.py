@@ -61,6 +61,7 @@ def work(name: str, args: argparse.Namespace) -> None:
     from benchmarks.gpu.bench import Bench  # noqa: PLC0415
     from benchmarks.gpu.correctness import Gate  # noqa: PLC0415
     from benchmarks.gpu.parts import PARTS, default_device  # noqa: PLC0415
+    from sparsekern.errors import told  # noqa: PLC0415
 
     device, begin = default_device(args.dry), time.monotonic()
     store = _store(args)
@@ -86,7 +87,7 @@ def work(name: str, args: argparse.Namespace) -> None:
         else:
             part["complete"] = True
     except Exception as error:
-        part["error"] = f"{type(error).__name__}: {error}"[:500]
+        part["error"] = told(error)[:500]
         raise
     finally:
         part["seconds"] = time.monotonic() - begin

@@ -6,7 +6,6 @@ gives the same bits: they are compared with a float64 convolution.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import DTYPES, Block, integers_like, poisoned, precision
-from benchmarks.gpu.correctness import Row, difference, short
+from benchmarks.gpu.correctness import Row
 from benchmarks.gpu.speed import Runs, with_three
-from benchmarks.gpu.timing import take_turns
 from sparsekern import Topology, ops
 from sparsekern.cost.roofline import OPERATIONS, Problem
+from sparsekern.errors import told
 from sparsekern.ops.geometry import ConvGeometry
+from sparsekern.tuning.trial import DTYPES, Block, difference, integers_like, poisoned, precision
 
 
 @dataclass(frozen=True)
@@ -148,22 +147,14 @@ def _rows(bench: Bench, case: Case, kind: str) -> Iterator[Row]:
         o = _operands(bench, case, kind)
         verdicts = _verdicts(bench, o)
     except Exception as error:  # reported, and the next case goes on
-        yield facts | {"operation": "three", "status": f"failed: {short(error)}", "ms": None}
+        yield facts | {"operation": "three", "status": f"failed: {told(error)[:300]}", "ms": None}
         return
     sparse, dense = o.sparse(), o.dense()
     for operation, verdict in verdicts.items():
         row = facts | {"operation": operation, "status": verdict, "ms": None, "ratio": None}
         if verdict == "ok":
             pair = {"sparse": sparse[operation], "dense": dense[operation]}
-            timing = take_turns(bench.clock, pair, bench.plan.rounds)
-            ratios = timing.ratios("dense", "sparse")
-            row |= {"ms": timing.ms("sparse"), "dense_ms": timing.ms("dense")}
-            row |= {"ratio": statistics.median(ratios), "ratio_low": ratios[0]}
-            row |= {"ratio_high": ratios[-1], "rounds": len(ratios)}
-            ceiling = bench.ceiling(operation, problem)
-            if ceiling is not None:
-                row |= {"ceiling_ms": 1e3 * ceiling.seconds, "ceiling_bound": ceiling.bound}
-                row |= {"percent_of_ceiling": 1e5 * ceiling.seconds / timing.ms("sparse")}
+            row |= bench.against_dense(bench.time(pair), operation, problem)
         yield row
 
 

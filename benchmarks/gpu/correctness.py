@@ -13,27 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import (
-    DRY,
+from benchmarks.gpu.cases import DRY, FULL, Plan
+from sparsekern import ops
+from sparsekern.errors import told
+from sparsekern.tuning.trial import (
     DTYPES,
-    FULL,
     Block,
     Operands,
-    Plan,
     Shape,
+    Sum,
+    block_norms,
+    difference,
+    expected,
     integers_like,
     operands,
     poisoned,
     precision,
+    products,
     random_topology,
 )
-from sparsekern import ops
 
 Row = dict[str, Any]
 
@@ -47,14 +51,6 @@ ACCUMULATOR = {"bf16": 2.0**-23, "fp16": 2.0**-23, "fp32": 2.0**-24, "tf32": 2.0
 PRODUCT = {"bf16": 0.0, "fp16": 0.0, "fp32": 0.0, "tf32": 2.0**-9 + 2.0**-20}
 SLICE = slice(3, 40)
 SCORE_TOKENS = 48  # few enough for the norm of a 128 x 128 block to stay below 2**24
-
-
-class Sum(NamedTuple):
-    """A result in float64, the same sum over magnitudes, and the terms of its longest sum."""
-
-    value: Tensor
-    magnitude: Tensor
-    terms: int
 
 
 class Gate:
@@ -76,43 +72,6 @@ class Gate:
         """The same for a kernel by its name."""
         found = self._ok.get((name, block, kind))
         return "not checked" if found is None else ("ok" if found else "incorrect")
-
-
-def products(o: Operands, impl: str, bias: Tensor | None = None) -> dict[str, Callable[[], Tensor]]:
-    """The three products of a training step, by operation."""
-    return {
-        "forward": lambda: ops.spmm(o.x, o.values, o.topology, bias, impl=impl),
-        "dx": lambda: ops.spmm_t(o.dy, o.values, o.topology, impl=impl),
-        "dw": lambda: ops.sddmm(o.dy, o.x, o.topology, impl=impl),
-    }
-
-
-def expected(operation: str, o: Operands, bias: Tensor | None = None) -> Sum:
-    """The same products in float64, through the dense weight."""
-    if operation == "dw":
-        dy, x = o.dy.double(), o.x.double()
-        value, magnitude = dy.t() @ x, dy.abs().t() @ x.abs()
-        return Sum(o.topology.pack(value), o.topology.pack(magnitude), len(x))
-    w = o.dense_weight().double()
-    left, right = (o.x.double(), w.t()) if operation == "forward" else (o.dy.double(), w)
-    value, magnitude = left @ right, left.abs() @ right.abs()
-    terms = int((right != 0).sum(0).max())
-    if bias is not None and operation == "forward":
-        value, magnitude = value + bias.double(), magnitude + bias.double().abs()
-        terms += 1
-    return Sum(value, magnitude, terms)
-
-
-def difference(got: Tensor, want: Tensor) -> str:
-    """Empty if equal in shape and every element; else what differs."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return f"expected {tuple(want.shape)} {want.dtype}; got {tuple(got.shape)} {got.dtype}"
-    wrong = got != want
-    count = int(wrong.sum())
-    if not count:
-        return ""
-    first = wrong.nonzero()[0].tolist()
-    return f"{count} of {want.numel()} differ, first at {first}"
 
 
 def beyond_bound(got: Tensor, want: Sum, kind: str) -> str:
@@ -169,7 +128,7 @@ def _guarded(checks: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     try:
         yield from checks
     except Exception as error:  # any failure is a finding
-        yield "runs", short(error)
+        yield "runs", told(error)[:300]
 
 
 def _checks(
@@ -221,21 +180,6 @@ def check_scores(o: Operands, generator: torch.Generator) -> Iterator[tuple[str,
                 or difference(got.scores, scores[best].to(got.scores.dtype))
             ),
         )
-
-
-def block_norms(dense: Tensor, block: Block, norm: str) -> Tensor:
-    """Sum or largest of the magnitudes of every block, by flat position."""
-    bh, bw = block
-    pad = (0, -dense.shape[1] % bw, 0, -dense.shape[0] % bh)
-    padded = torch.nn.functional.pad(dense.abs(), pad)
-    tiles = padded.view(padded.shape[0] // bh, bh, padded.shape[1] // bw, bw)
-    return (tiles.sum((1, 3)) if norm == "l1" else tiles.amax((1, 3))).flatten()
-
-
-def short(error: BaseException) -> str:
-    """One line on an exception."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def broken_group(block: Block, kind: str, reason: str) -> list[Row]:

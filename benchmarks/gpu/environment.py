@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +40,17 @@ def key(device: torch.device) -> dict[str, str]:
 
 def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """The key, and what else a reader may ask."""
-    return key(device) | {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "commit": commit or show.commit(),
-        "nvidia_smi": smi() if device.type == "cuda" else None,
-        "multiprocessors": _multiprocessors(device),
-        "host_cpus": os.cpu_count(),
-    }
+    return (
+        show.environment(device)
+        | key(device)
+        | {
+            "cuda": torch.version.cuda,
+            **({"commit": commit} if commit else {}),
+            "nvidia_smi": smi() if device.type == "cuda" else None,
+            "multiprocessors": _multiprocessors(device),
+            "host_cpus": os.cpu_count(),
+        }
+    )
 
 
 @functools.cache  # the sources that were imported, not those of later

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.cases import DTYPES, Block, Plan, precision
-from benchmarks.gpu.correctness import Row, difference, short
-from benchmarks.gpu.timing import Clock
+from benchmarks.gpu.cases import Plan
+from benchmarks.gpu.correctness import Row
 from sparsekern import RigL, SparseLinear
+from sparsekern.cost.timing import Clock
+from sparsekern.errors import told
+from sparsekern.tuning.trial import DTYPES, Block, difference, precision
 
 NEEDS_CUDA = "skipped: needs CUDA"
 
@@ -30,7 +32,7 @@ def check_layers(plan: Plan, device: torch.device, clock: Clock) -> Iterator[Row
                     with precision(kind):
                         detail = check(block, kind, plan, device, clock)
                 except Exception as error:  # any failure is a finding
-                    detail = short(error)
+                    detail = told(error)[:300]
                 ok = None if detail == NEEDS_CUDA else not detail
                 where = {"kernel": "layer", "block": list(block), "kind": kind, "shape": "ragged"}
                 yield where | {"check": name, "ok": ok, "detail": detail}

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu import speed
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import Block, groups
+from benchmarks.gpu.cases import groups
 from benchmarks.gpu.conv import conv
 from benchmarks.gpu.correctness import Row, broken_group, check_group
 from benchmarks.gpu.layers import check_layers
@@ -24,6 +24,7 @@ from benchmarks.gpu.peers import peers
 from benchmarks.gpu.probe import probe
 from benchmarks.gpu.update import update
 from sparsekern.show.environment import ROOT
+from sparsekern.tuning.trial import Block
 
 GROUP_SECONDS = 300  # of one correctness process, compiling included
 MAX_WORKERS = 14

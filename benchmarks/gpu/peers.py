@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.cases import Block, Operands, precision
-from benchmarks.gpu.correctness import Row, difference, expected, short
+from benchmarks.gpu.correctness import Row
 from benchmarks.gpu.speed import dense_for, sparse_runs
-from benchmarks.gpu.timing import Run, take_turns
+from sparsekern.cost.timing import Run
+from sparsekern.errors import told
+from sparsekern.tuning.trial import Block, Operands, difference, expected, precision
 
 
 class Peer(NamedTuple):
@@ -137,14 +138,14 @@ def _compare(bench: Bench, peer: Peer, block: Block, density: float, kind: str) 
             theirs = peer.prepare(o)
             theirs()
         except Exception as error:  # a peer's failure is a result
-            return row | {"status": f"failed: {short(error)}", "ms": None}
+            return row | {"status": f"failed: {told(error)[:300]}", "ms": None}
         if wrong:
             return row | {"status": "incorrect", "detail": wrong, "ms": None}
         ours = bench.verdicts(o)[peer.operation]
         runs = {"peer": theirs, "dense": dense_for(o)[peer.operation]}
         if ours == "ok":
             runs["ours"] = sparse_runs(o)[peer.operation]
-        timing = take_turns(bench.clock, runs, bench.plan.rounds)
+        timing = bench.time(runs)
     ms = timing.ms("peer")
     row |= {"status": "ok", "ms": ms, "tflops": o.flops / ms / 1e9, "ours_status": ours}
     row |= {"dense_ms": timing.ms("dense"), "ours_ms": None, "ours_is_faster_by": None}

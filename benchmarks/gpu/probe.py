@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import Operands, precision, random_topology
 from benchmarks.gpu.correctness import Row
-from benchmarks.gpu.timing import take_turns
 from sparsekern import Topology, ops
+from sparsekern.tuning.trial import Operands, precision, random_topology
 
 DENSITY = 0.1
 
@@ -29,7 +28,7 @@ def _copy_rate(bench: Bench) -> Row:
     """Bytes read and written by a device-to-device copy."""
     source = torch.ones(bench.plan.probe_bytes // 4, dtype=torch.int32, device=bench.device)
     target = torch.empty_like(source)
-    timing = take_turns(bench.clock, {"copy": lambda: target.copy_(source)}, bench.plan.rounds)
+    timing = bench.time({"copy": lambda: target.copy_(source)})
     rate = 2 * source.nbytes / timing.ms("copy") / 1e9
     return {"what": "copy", "bytes": source.nbytes, "status": "ok", "tb_per_s": rate}
 
@@ -41,7 +40,7 @@ def _dense_rate(bench: Bench) -> Row:
         torch.randn(edge, edge, generator=generator, device=bench.device).bfloat16()
         for _ in range(2)
     )
-    timing = take_turns(bench.clock, {"cube": lambda: a @ b}, bench.plan.rounds)
+    timing = bench.time({"cube": lambda: a @ b})
     rate = 2 * edge**3 / timing.ms("cube") / 1e9
     return {"what": "dense cube", "edge": edge, "status": "ok", "tflops": rate}
 
@@ -74,7 +73,7 @@ def _forward_variants(bench: Bench, edge: int) -> Row:
             name: (lambda t=t, v=v: ops.spmm(o.x, v, t, impl="triton"))
             for name, (t, v) in weights.items()
         }
-        timing = take_turns(bench.clock, runs, bench.plan.rounds)
+        timing = bench.time(runs)
     per_block = {name: topology.nnzb for name, topology in topologies.items()}
     return row | {"status": "ok", "nnzb": per_block, "ms": {name: timing.ms(name) for name in runs}}
 

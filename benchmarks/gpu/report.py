@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekern.cost import crossing
 from sparsekern.cost.roofline import Problem, Roofline, device_named
+from sparsekern.show.output_files import write_figure
 
 Row = Mapping[str, Any]
 
@@ -101,17 +101,10 @@ def break_even(speeds: Mapping[float, float]) -> str:
 
     Beyond the measured densities only a bound can be told; an empty string if nothing was measured.
     """
-    points = sorted(speeds.items())
-    if not points:
+    found = crossing.break_even(speeds.items())
+    if found is None:
         return ""
-    if points[0][1] < 1:
-        return f"below {points[0][0]:g}"
-    for (d0, s0), (d1, s1) in itertools.pairwise(points):
-        if s0 >= 1 > s1:
-            # time is a power of density between two points, to a good approximation
-            share = math.log(s0) / (math.log(s0) - math.log(s1))
-            return f"{d0 * (d1 / d0) ** share:.2g}"
-    return f"above {points[-1][0]:g}"
+    return f"{ {'': '', '<=': 'below ', '>=': 'above '}[found.bound] }{found.density:.2g}"
 
 
 def picture(content: Mapping[str, Any], path: Path) -> str:
@@ -134,7 +127,7 @@ def picture(content: Mapping[str, Any], path: Path) -> str:
     if handles:
         about = "dashed: model's ceiling" if model else None
         figure.legend(handles, labels, title=about, fontsize=8, loc="outside right center")
-    figure.savefig(path, format="png")
+    write_figure(figure, path)
     return f"saved {path}"
 
 

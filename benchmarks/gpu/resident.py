@@ -22,22 +22,26 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.cases import (
-    Block,
-    Operands,
-    Shape,
-    integers_like,
-    operands,
-    poisoned,
-    random_topology,
-)
-from benchmarks.gpu.correctness import KERNELS, Row, difference, expected, products, short
+from benchmarks.gpu.correctness import KERNELS, Row
 from benchmarks.gpu.supervise import LOST_DEVICE, supervised
-from benchmarks.gpu.timing import Clock, CudaClock, take_turns
 from sparsekern.cost.roofline import device_named
+from sparsekern.cost.timing import Clock, CudaClock, take_turns
+from sparsekern.errors import told
 from sparsekern.kernels import tables
 from sparsekern.kernels.launch import arch_class
 from sparsekern.kernels.tables import Key, RingConfig
+from sparsekern.tuning.trial import (
+    Block,
+    Operands,
+    Shape,
+    difference,
+    expected,
+    integers_like,
+    operands,
+    poisoned,
+    products,
+    random_topology,
+)
 
 LIMIT = 100  # seconds of the whole part, come what may
 SILENCE = 35  # of one case, starting and compiling included
@@ -174,7 +178,7 @@ def _times(case: Case, o: Operands, clock: Clock) -> Row:
             return run()
 
     runs = {"held": held} if wrong else {"held": held, "general": run}
-    timing = take_turns(clock, runs, ROUNDS if o.x.is_cuda else 1)
+    timing = take_turns(clock.once, runs, ROUNDS if o.x.is_cuda else 1)
     ms = timing.ms("held")
     row: Row = {"ms": ms, "tflops": o.flops / ms / 1e9}
     if wrong:
@@ -223,7 +227,7 @@ def main() -> int:
             with torch.no_grad():
                 found = judge(CASES[number], device, clock, launch_held, REPEATS)
         except Exception as error:  # reported, and the next case goes on
-            found, lost = {"status": f"failed: {short(error)}"}, _is_lost()
+            found, lost = {"status": f"failed: {told(error)[:300]}"}, _is_lost()
         found["seconds"] = time.monotonic() - begin
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()

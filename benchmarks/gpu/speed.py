@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.cases import DTYPES, Block, Operands, Shape, precision
-from benchmarks.gpu.correctness import Row, products
-from benchmarks.gpu.timing import Run, Timing, take_turns
-from sparsekern.cost.roofline import OPERATIONS
+from benchmarks.gpu.correctness import Row
+from sparsekern.cost.timing import Run, Timing
+from sparsekern.tuning.trial import DTYPES, Block, Operands, Shape, precision, products
 
 Runs = dict[str, Run]
 
@@ -58,7 +57,7 @@ def dense(bench: Bench) -> Iterator[Row]:
     for shape, kind in cases:
         with precision(kind), torch.no_grad():
             runs = dense_runs(*_dense_operands(bench, shape, kind))
-            timing = take_turns(bench.clock, runs, bench.plan.rounds)
+            timing = bench.time(runs)
         for operation in runs:
             flops = 2 * shape.M * shape.K * shape.N * (3 if operation == "three" else 1)
             ms = timing.ms(operation)
@@ -101,11 +100,8 @@ def _case(
             timing = None
             if verdict == "ok":
                 pair = {"sparse": sparse[operation], "dense": cublas[operation]}
-                timing = take_turns(bench.clock, pair, bench.plan.rounds)
-            row = _row(o, operation, verdict, timing) | {"impl": impl, "graph": False}
-            if impl == "triton" and timing is not None:
-                row |= _against_ceiling(bench, o, operation, timing)
-            rows.append(row)
+                timing = bench.time(pair)
+            rows.append(_row(bench, o, operation, verdict, timing, impl=impl, graph=False))
     return rows
 
 
@@ -125,43 +121,23 @@ def _graph_case(bench: Bench, block: Block, density: float) -> list[Row]:
                     f"eager_{n}_ms": 1e3 * bench.clock.wall(r, repeats) for n, r in pair.items()
                 }
                 replays = {name: bench.clock.capture(run)[0] for name, run in pair.items()}
-                timing = take_turns(bench.clock, replays, bench.plan.rounds)
-            row = _row(o, operation, verdict, timing) | {"impl": "triton", "graph": True}
-            if timing is not None:
-                row |= _against_ceiling(bench, o, operation, timing) | eager
-            rows.append(row)
+                timing = bench.time(replays)
+            more = {"impl": "triton", "graph": True, **eager}
+            rows.append(_row(bench, o, operation, verdict, timing, **more))
     return rows
 
 
-def _row(o: Operands, operation: str, verdict: str, timing: Timing | None) -> Row:
+def _row(
+    bench: Bench, o: Operands, operation: str, verdict: str, timing: Timing | None, **more: Any
+) -> Row:
     """Without a timing there is no number at all."""
     row: Row = {"operation": operation} | describe(o) | {"status": verdict}
     if timing is None:
-        return row | {"ms": None, "dense_ms": None, "ratio": None}
-    flops = o.flops * (len(OPERATIONS) if operation == "three" else 1)
-    ms, ratios = timing.ms("sparse"), timing.ratios("dense", "sparse")
-    return row | {
-        "ms": ms,
-        "dense_ms": timing.ms("dense"),
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[0],
-        "ratio_high": ratios[-1],
-        "rounds": len(ratios),
-        "tflops": flops / ms / 1e9,
-    }
-
-
-def _against_ceiling(bench: Bench, o: Operands, operation: str, timing: Timing) -> Row:
-    """What the roofline model would allow; nothing on a device it does not know."""
-    ceiling = bench.ceiling(operation, o.problem)
-    if ceiling is None:
-        return {}
-    return {
-        "ceiling_ms": 1e3 * ceiling.seconds,
-        "ceiling_tflops": ceiling.tflops,
-        "ceiling_bound": ceiling.bound,
-        "percent_of_ceiling": 1e5 * ceiling.seconds / timing.ms("sparse"),
-    }
+        return row | {"ms": None, "dense_ms": None, "ratio": None} | more
+    found = bench.against_dense(timing, operation, o.problem)
+    if more["impl"] != "triton":  # the model is of the kernels
+        found = {name: value for name, value in found.items() if "ceiling" not in name}
+    return row | found | more
 
 
 def _dense_operands(bench: Bench, shape: Shape, kind: str) -> tuple[Tensor, Tensor, Tensor]:

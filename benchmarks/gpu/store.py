@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekern.show.output_files import write_whole
+
 SCHEMA = 1
 NAME = "speed.json"
 
@@ -87,6 +89,4 @@ class Store:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
-    fresh.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")

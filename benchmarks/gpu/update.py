@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.cases import DTYPES, Block, Shape
 from benchmarks.gpu.correctness import Row
-from benchmarks.gpu.timing import take_turns
 from sparsekern import RigL, SparseLinear, Topology, ops
+from sparsekern.cost.timing import HostClock
+from sparsekern.tuning.trial import DTYPES, Block, Shape
 
 DENSITY = 0.1
 KIND = "bf16"
@@ -44,18 +43,15 @@ class Training(NamedTuple):
     dy: Tensor
 
     def step(self) -> None:
-        """Forward, backward and optimizer step, until the device is done."""
+        """Forward, backward and optimizer step."""
         self.optimizer.zero_grad()
         self.layer(self.x).backward(self.dy)
         self.optimizer.step()
         self.x.grad = None
-        _synchronize(self.x.device)
 
     def seconds(self) -> float:
         """Of one step."""
-        begin = time.perf_counter()
-        self.step()
-        return time.perf_counter() - begin
+        return HostClock(self.x.device).once(self.step)
 
 
 def _training(bench: Bench, shape: Shape, block: Block | None) -> Training:
@@ -115,7 +111,7 @@ def _pieces(bench: Bench, block: Block) -> Iterator[Row]:
         "dense dW": lambda: dense @ o.x,
     }
     with torch.no_grad():
-        timing = take_turns(bench.clock, runs, bench.plan.rounds)
+        timing = bench.time(runs)
     ceiling = bench.ceiling("grow", o.problem)
     for what in runs:
         verdict = bench.gate.kernel(what, block, KIND) if what == "grow_scores" else "ok"
@@ -148,8 +144,3 @@ def _memory(bench: Bench, block: Block | None, verdict: str) -> Row:
     training.step()
     peak = torch.cuda.max_memory_allocated() - base - activations
     return row | {"held_mib": held / 2**20, "peak_mib": peak / 2**20}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

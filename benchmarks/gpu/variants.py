@@ -8,21 +8,29 @@ that is not exact on integers, or that the device has no room for, gets no numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.cases import Operands, poisoned, precision
-from benchmarks.gpu.correctness import Row, block_norms, difference, expected, products, short
-from benchmarks.gpu.timing import take_turns
+from benchmarks.gpu.correctness import Row
+from sparsekern.errors import told
 from sparsekern.kernels import tables
 from sparsekern.kernels.bsr_grow import bsr_grow
 from sparsekern.kernels.launch import arch_class, compute_kind, rows_class
 from sparsekern.kernels.tables import Config, Key
+from sparsekern.tuning.entries import is_read, launching
+from sparsekern.tuning.trial import (
+    Operands,
+    block_norms,
+    difference,
+    expected,
+    poisoned,
+    precision,
+    products,
+)
 
 KIND = "bf16"
 FORWARD: Mapping[str, tuple[int, ...]] = {
@@ -102,21 +110,6 @@ def _dw_trials(o: Operands, *, few: bool) -> list[Trial]:
     return trials
 
 
-@contextmanager
-def launching(arch: str, key: Key, config: Any) -> Iterator[None]:
-    """Launch with `config`; by pointers, if the key says so, where descriptors would do as well."""
-    entries = tables.table(arch)
-    twin = key._replace(loads="tma")
-    taken = entries.pop(twin, None) if key.loads == "pointer" else None
-    try:
-        with tables.overridden(arch, {key: config}):
-            yield
-    finally:
-        if taken is not None:
-            entries[twin] = taken
-        tables.find.cache_clear()
-
-
 def _rows(bench: Bench, operation: str, o: Operands, trials: list[Trial]) -> Iterator[Row]:
     """Check all, then time the right ones in turns; `ratio` is the shipped time over theirs."""
     integers = o.with_integers(bench.generator(1))
@@ -128,7 +121,7 @@ def _rows(bench: Bench, operation: str, o: Operands, trials: list[Trial]) -> Ite
         for t in trials
     }
     runs = {t.name: _with(arch, t, run) for t in trials if found[t.name][0] == "ok"}
-    timing = take_turns(bench.clock, runs, bench.plan.rounds) if runs else None
+    timing = bench.time(runs) if runs else None
     for trial in trials:
         status, detail = found[trial.name]
         row: Row = {"what": f"{operation} {trial.name}", "operation": operation} | describe(o)
@@ -152,7 +145,7 @@ def _with(arch: str, trial: Trial, run: Callable[[], Tensor]) -> Callable[[], Te
 
 def _verdict(arch: str, trial: Trial, check: Callable[[], Tensor], want: Tensor) -> tuple[str, str]:
     """Status, and what is wrong in detail."""
-    if not _is_read(arch, trial.key, check):
+    if not is_read(arch, trial.key, check):
         return f"not run: the launch does not read {trial.key}", ""
     try:
         with poisoned():
@@ -163,18 +156,8 @@ def _verdict(arch: str, trial: Trial, check: Callable[[], Tensor], want: Tensor)
     except Exception as error:  # reported, and the next trial goes on
         if want.is_cuda:
             torch.cuda.synchronize()  # raises if the device is lost to this process
-        return f"failed: {short(error)}", ""
+        return f"failed: {told(error)[:300]}", ""
     return ("incorrect", wrong) if wrong else ("ok", "")
-
-
-def _is_read(arch: str, key: Key, check: Callable[[], Tensor]) -> bool:
-    """Whether the launch takes this entry: one without any field must be missed."""
-    try:
-        with launching(arch, key, object()):
-            check()
-    except AttributeError:
-        return True
-    return False
 
 
 def _grow(bench: Bench, o: Operands) -> Row:
@@ -190,11 +173,11 @@ def _grow(bench: Bench, o: Operands) -> Row:
         want = block_norms(integers.dy.double().t() @ integers.x.double(), block, "l1")
         wrong = difference(got.flatten(), want.float())
     except Exception as error:  # reported
-        return row | {"status": f"failed: {short(error)}"}
+        return row | {"status": f"failed: {told(error)[:300]}"}
     if wrong:
         return row | {"status": "incorrect", "detail": wrong}
     dy = o.dy.t()
     runs = {"grow": lambda: bsr_grow(o.dy, o.x, block, "l1"), "dense": lambda: dy @ o.x}
-    timing = take_turns(bench.clock, runs, bench.plan.rounds)
+    timing = bench.time(runs)
     ms, dense_ms = timing.ms("grow"), timing.ms("dense")
     return row | {"ms": ms, "dense_ms": dense_ms, "ratio": dense_ms / ms}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comparing.results import KIND, VERSION
+from sparsekern.show.output_files import write_whole
 
 Row = dict[str, Any]
 
@@ -42,13 +42,11 @@ def content(environment: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, An
 
 
 def write(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    """Write a result file in one step: a reader finds the old one or the new one."""
+    """Write a result file."""
     made = content(environment, rows)
     lines = [json.dumps(one, sort_keys=True) for one in made.pop("rows")]
     head = json.dumps(made, indent=1).removesuffix("\n}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(f'{head},\n "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n")
-    partial.replace(path)
+    write_whole(path, f'{head},\n "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n")
 
 
 def unwritable(path: Path) -> str | None:

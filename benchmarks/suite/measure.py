@@ -14,6 +14,7 @@ from benchmarks.paired import Beside, quartiles, ratios
 from benchmarks.suite.problem import Contender, Facts, Problem, able, ceilings, check
 from sparsekern.cost.held import held_bytes
 from sparsekern.cost.memory import peak_bytes
+from sparsekern.cost.timing import rounds_in
 
 SECONDS = 1.2
 """About how long the rounds of a case take, all contenders together."""
@@ -43,7 +44,7 @@ def speed(benchmark: Benchmark, problem: Problem, *, quick: bool = False) -> Non
     check(own, problem.expected, facts.id())
     others, cannot = able(problem)
     once = own.run.seconds() + sum(other.run.seconds() for other in others.values())
-    rounds = 2 if quick else max(FEWEST, min(MOST, int(SECONDS / once)))
+    rounds = 2 if quick else rounds_in(SECONDS, once, FEWEST, MOST)
     beside = Beside({name: other.run for name, other in others.items()}, own.run.prepare)
     benchmark.group = facts.family
     benchmark.pedantic(own.run.call, setup=beside, rounds=rounds, warmup_rounds=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paired import Run
+from sparsekern.errors import told
 
 Tensors = tuple[Tensor, ...]
 
@@ -114,8 +114,8 @@ def ceilings() -> Ceilings:
     m, k, n = GEMM
     a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
     source, target = torch.zeros(COPIED), torch.ones(COPIED)
-    gemm = min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(7))
-    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(7))
+    gemm = min(Run(lambda: torch.mm(a, b, out=c)).seconds() for _ in range(7))
+    copy = min(Run(lambda: target.copy_(source)).seconds() for _ in range(7))
     return Ceilings(2 * m * k * n / gemm, 2 * 4 * COPIED / copy)
 
 
@@ -146,13 +146,7 @@ def able(problem: Problem) -> tuple[dict[str, Contender], dict[str, str]]:
                 warnings.simplefilter("ignore")  # torch.sparse calls itself a beta
                 check(other, problem.expected, name)
         except Exception as error:  # whatever a peer raises, it is the peer that can't
-            cannot[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+            cannot[name] = told(error)[:160]
         else:
             good[name] = other
     return good, cannot
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import sparsekern
 from sparsekern.cli import plan, profile, train, tune
 from sparsekern.errors import SparseKernError
+from sparsekern.ops.cpu import choice
+from sparsekern.show import environment
 
+VERSIONS = ("sparsekern", "torch", "triton", "numba", "numpy", "python")
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
@@ -42,10 +46,22 @@ def run(commands: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     return status or 0
 
 
+class _Version(argparse.Action):
+    """Print what runs: versions, and the path of products on the CPU; asked only when wanted."""
+
+    def __call__(self, top: argparse.ArgumentParser, *_: Any) -> None:
+        found = environment.environment()
+        lines = [f"{name} {found[name] or 'not installed'}" for name in VERSIONS]
+        small, large = (choice.described(edge) for edge in (1, choice.BLAS_EDGE))
+        others = "" if large == small else f"; blocks of {choice.BLAS_EDGE} and more: {large}"
+        sys.stdout.write("\n".join([*lines, f"products on the CPU: {small}{others}\n"]))
+        top.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser."""
     top = argparse.ArgumentParser(prog="sparsekern", description=sparsekern.__doc__.split("\n")[0])
-    top.add_argument("--version", action="version", version=sparsekern.__version__)
+    top.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     commands = top.add_subparsers(required=True, metavar="command")
     for command in (train, plan, profile, tune):
         command.add_parser(commands)

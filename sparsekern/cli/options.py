@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.cost.examples import Examples
 from sparsekern.devices import as_device
-from sparsekern.errors import ConfigError
+from sparsekern.errors import ConfigError, told
 from sparsekern.topology.blocks import Block
 from sparsekern.training.zoo import find
 
@@ -162,16 +162,15 @@ def _explained(text: str) -> Iterator[None]:
         yield
     # torch asserts that it was built with CUDA, and some sizes overflow on their way to it
     except (RuntimeError, MemoryError, AssertionError, OverflowError, TypeError) as error:
-        told = str(error).partition("\n")[0]
-        raise ConfigError(f"{text}: {told}") from error
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"{text}: {why}") from error
 
 
 def _called(function: Callable[..., Any], spec: str) -> Any:
     try:
         return function()
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"`model` {spec}() failed: {told}") from error
+        raise ConfigError(f"`model` {spec}() failed: {told(error)}") from error
 
 
 def _drawn(sizes: tuple[int, ...], arguments: argparse.Namespace) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsekern.cli import options
-from sparsekern.cost.timing import paired_step_times
+from sparsekern.cost.timing import paired_step_times, rounds_in
 from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import ConfigError
 from sparsekern.nn import SparseLayer
@@ -253,4 +253,4 @@ def _outcome(result: RunResult) -> str:
 def _effort(seconds: float) -> tuple[int, int]:
     """Rounds and steps in a burst, given the seconds of a step of every method together."""
     burst = 5 if seconds < TIMING_SECONDS / 150 else 1
-    return max(5, min(30, int(TIMING_SECONDS / (burst * seconds)))), burst
+    return rounds_in(TIMING_SECONDS, burst * seconds, 5, 30), burst

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SOURCE = "rates measured on an Intel Xeon at 2.5 to 2.8 GHz (sparsekern/planning/cpu_rates.py)"
+SOURCE = "rates measured on an Intel Xeon at 2.5 to 2.8 GHz (sparsekern/cost/cpu_rates.py)"
 
 
 class Fixed(NamedTuple):

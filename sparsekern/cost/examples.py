@@ -1,14 +1,14 @@
-"""Run a model on example inputs, see what reaches its layers, and say which one fails."""
+"""Run a model on example inputs, and say which layer fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparsekern.errors import ModelError
+from sparsekern.errors import ModelError, told
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """One tensor, positional arguments, or keyword arguments of a model's forward."""
@@ -57,30 +57,8 @@ def run(model: nn.Module, examples: Examples) -> Any:
             where = f"its layer {names[module]!r} " if names[module] else ""
             raise ModelError(
                 f"`model` fails on the example inputs: {where}({type(module).__name__}) got "
-                f"{described(inputs)} and raised {type(error).__name__}: "
-                f"{' '.join(str(error).split())}"
+                f"{described(inputs)} and raised {told(error)}"
             ) from error
-
-
-@contextmanager
-def recording(
-    model: nn.Module, wanted: Callable[[nn.Module], bool]
-) -> Iterator[dict[str, list[Call]]]:
-    """Keep the calls of those of the model's modules that `wanted` picks, by their first name.
-
-    Modules that are never called have an empty list.
-    """
-    calls: dict[str, list[Call]] = {}
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if wanted(module):
-                own = calls.setdefault(name, [])
-                handle = module.register_forward_hook(
-                    lambda _m, args, kwargs, out, own=own: own.append(Call(args, kwargs, out)),
-                    with_kwargs=True,
-                )
-                hooks.callback(handle.remove)
-        yield calls
 
 
 def described(value: Any) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from sparsekern.cost.watch import OTHER, Watch, tensors
+from sparsekern.cost.examples import Call
+from sparsekern.cost.uses import Use, use_of
+from sparsekern.cost.watch import OTHER, Called, Watch, tensors
 from sparsekern.ops import flops  # noqa: F401  registers the formulas of the sparse operators
 from sparsekern.ops.workspace import workspace_bytes
 
@@ -36,8 +40,7 @@ class Count:
         saved_bytes: of tensors that its forward first keeps for backward.
         workspace_bytes: most that one operator needs beside operands and results.
         calls: of its forward.
-        numbers: that go in and come out of all calls.
-        given: shape of the first tensor of its first call.
+        uses: facts of each call; None of one that is not understood.
     """
 
     forward: int = 0
@@ -47,8 +50,7 @@ class Count:
     saved_bytes: int = 0
     workspace_bytes: int = 0
     calls: int = 0
-    numbers: int = 0
-    given: tuple[int, ...] = ()
+    uses: list[Use | None] = field(default_factory=list)
 
 
 @dataclass
@@ -70,11 +72,18 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
     Args:
         layers: by name; none contains another.
         ignored: storages that are not saved for backward alone: parameters and buffers.
+        on_call: gets a layer's name and its call, after each forward.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], ignored: set[int]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        ignored: set[int],
+        on_call: Called = lambda _name, _call: None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = StepCount({name: Count() for name in (*layers, OTHER)})
+        self._layers, self._on_call = layers, on_call
         self._watch = Watch(layers, on_call=self._called)
         self._saved = ignored
         self._kept: list[Any] = []  # storages stay, so that no address is used twice
@@ -90,13 +99,19 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
         self._kept.clear()
         return self.count
 
-    def _called(self, name: str, values: Any) -> None:
+    def _called(self, name: str, call: Call) -> None:
+        self._on_call(name, call)
         count = self.count.layers[name]
         count.calls += 1
-        every = tensors(values)
-        count.numbers += sum(tensor.numel() for tensor in every)
-        if not count.given and every:
-            count.given = tuple(every[0].shape)
+        use, i = use_of(self._layers[name], call), len(count.uses)
+        count.uses.append(use and use._replace(dx=False, dw=False, states=0))
+
+        def reached(_gradient: Tensor) -> None:
+            count.uses[i] = use
+
+        for tensor in tensors(call.output):
+            if tensor.requires_grad:
+                tensor.register_hook(reached)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _pack(self, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided:
@@ -142,6 +157,17 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
         else:
             count.forward += executed
             count.forward_dense += dense
+
+
+@contextmanager
+def as_products(*, recurrent: bool = True) -> Iterator[None]:
+    """Attention as products, which have formulas; recurrent layers too, if there are any."""
+    with (
+        torch.backends.cudnn.flags(enabled=not recurrent),
+        torch.backends.mkldnn.flags(not recurrent, None, None, None),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield
 
 
 _IN_PLACE = {

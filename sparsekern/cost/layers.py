@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.cost.cpu_rates import kind_of
 from sparsekern.cost.examples import Call
+from sparsekern.cost.uses import Use
 from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.nn.kinds import Weight
 from sparsekern.topology.blocks import Block, Grid, active_count, as_block
@@ -24,16 +25,30 @@ class Held(NamedTuple):
     """What a sparse weight keeps.
 
     Attributes:
-        blocks: active ones.
         weights: active ones, padding of edge blocks left out.
         stored: numbers in whole blocks.
         indices: numbers in the index arrays.
+        density: active share of the blocks.
     """
 
-    blocks: int
     weights: int
     stored: int
     indices: int
+    density: float
+
+
+class Share(NamedTuple):
+    """What a sparse product works with of one weight.
+
+    Attributes:
+        block: (outputs, inputs).
+        stored: numbers in whole blocks.
+        density: active share of the blocks.
+    """
+
+    block: tuple[int, int]
+    stored: float
+    density: float
 
 
 class Part(NamedTuple):
@@ -80,55 +95,32 @@ class Part(NamedTuple):
         grid = Grid.of(self.weight.shape, block, self.weight.groups, self.weight.taps)
         blocks, weights = block_counts(grid, active_count(self.size, sparsity))
         indices = 2 * grid.rows + 2 * grid.groups * grid.cols + 2 + 3 * blocks
-        return Held(blocks, weights, blocks * math.prod(block), indices)
+        return Held(weights, blocks * math.prod(block), indices, blocks / grid.total)
 
+    def share(self, block: tuple[int, int], sparsity: float) -> Share:
+        """What a product works with, of that topology."""
+        held = self.held(block, sparsity)
+        return Share(block, held.stored, held.density)
 
-class Use(NamedTuple):
-    """One call of a layer.
-
-    Attributes:
-        shape: of its first input.
-        tokens: how often each weight is applied: rows of the input, output pixels, or sequences
-            times time steps.
-        numbers: that go in and come out; of a recurrent layer, of each of its products.
-        steps: time steps that follow one another, over all layers and directions; 0 elsewhere.
-        dx: whether the backward pass computes a gradient of the input.
-        dw: whether it computes one of a weight.
-        states: how often it computes a gradient of the state before, of a recurrent layer; less
-            often than there are time steps if the first state needs none.
-    """
-
-    shape: tuple[int, ...]
-    tokens: int
-    numbers: int
-    steps: int
-    dx: bool
-    dw: bool
-    states: int = 0
-
-    @property
-    def products(self) -> int:
-        """Of each weight: forward, and the gradients of weight and input that are needed."""
-        return 1 + self.dw + self.dx
-
-    def step_flops(self, part: Part, numbers: int, *, sparse: bool = False) -> int:
-        """FLOPs of a training step with a weight of so many numbers (1 multiply-add = 2 FLOPs).
+    def step_flops(self, use: Use, numbers: int, *, sparse: bool = False) -> int:
+        """FLOPs of a call and its backward pass (1 multiply-add = 2 FLOPs).
 
         Args:
-            part: the weight.
-            numbers: that are multiplied.
+            use: the call.
+            numbers: of the weight, that are multiplied.
             sparse: whether it belongs to a sparse layer.
         """
-        dw = self.tokens if self.dw and part.trained else 0
-        return 2 * numbers * (self.tokens + dw + self._input_gradients(part.weight.name, sparse))
+        dw = use.tokens if use.dw and self.trained else 0
+        return 2 * numbers * (use.tokens + dw + self._input_gradients(use, sparse))
 
-    def _input_gradients(self, name: str, sparse: bool) -> int:
+    def _input_gradients(self, use: Use, sparse: bool) -> int:
+        name = self.weight.name
         state = name.startswith("hh")
         if state and not sparse:
-            return self.states
+            return use.states
         # a sparse layer computes that of the first state in any case
         inner = state or ("_l" in name and not name.startswith("ih_l0"))  # of a stack, a projection
-        return self.tokens if self.dx or (inner and self.dw) else 0
+        return use.tokens if use.dx or (inner and use.dw) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,14 +143,32 @@ class Layer:
     uses: tuple[Use, ...]
     dtype: torch.dtype
 
+    @staticmethod
+    def of(
+        name: str,
+        module: nn.Module,
+        parts: Sequence[Part],
+        uses: Sequence[Use],
+        calls: Sequence[Call] = (),
+    ) -> Layer:
+        """From uses in which a gradient came back to the output."""
+        trained = any(part.trained for part in parts)
+        return Layer(
+            name=name,
+            module=module,
+            parts=tuple(parts),
+            calls=tuple(calls),
+            uses=tuple(use._replace(dw=use.dw and trained) for use in uses),
+            dtype=parts[0].weight.parameter.dtype,
+        )
+
     @property
     def kind(self) -> str:
         """Key of the CPU rates."""
-        if isinstance(self.module, nn.Linear):
-            return "linear"
-        if isinstance(self.module, nn.Conv1d | nn.Conv2d):
-            return kind_of(self.parts[0].weight.taps)
-        return "recurrent"
+        weight = self.parts[0].weight
+        if weight.name:
+            return "recurrent"
+        return "linear" if weight.parameter.dim() == 2 else kind_of(weight.taps)
 
     @property
     def size(self) -> int:
@@ -169,6 +179,19 @@ class Layer:
     def tokens(self) -> int:
         """How often each weight is applied, over all calls."""
         return sum(use.tokens for use in self.uses)
+
+    def shares(
+        self, block: tuple[int, int], sparsities: Sequence[float]
+    ) -> tuple[Share | None, ...]:
+        """What products work with once `sparsify_` has made parts sparse; those of 0 stay dense."""
+        pairs = zip(self.parts, sparsities, strict=True)
+        return tuple(
+            part.share(block, sparsity) if sparsity > 0 else None for part, sparsity in pairs
+        )
+
+    def shares_of(self, block: tuple[int, int], density: float) -> tuple[Share, ...]:
+        """All parts at one density, to the number."""
+        return tuple(Share(block, density * part.size, density) for part in self.parts)
 
     def too_small(self, block: tuple[int, int]) -> str | None:
         """Why one of its weights can't be cut into such blocks, in words."""

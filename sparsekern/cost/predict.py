@@ -1,6 +1,6 @@
 """The time of a layer's training step without running it: on a CPU from a table, on a GPU bounds.
 
-Both answer the questions of `Times`, as measurements do.
+The one predictor: `plan` asks it about layers that could be sparse, `profile` about those that are.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from typing import NamedTuple, Protocol
 import torch
 
 from sparsekern.cost import cpu_rates
-from sparsekern.cost.layers import Layer, Part, Use
+from sparsekern.cost.crossing import BreakEven, last_that_holds
+from sparsekern.cost.layers import Layer, Part, Share
 from sparsekern.cost.roofline import H200, Problem, Roofline, device_named
+from sparsekern.cost.uses import Use
 from sparsekern.errors import DeviceError, DtypeError
 from sparsekern.ops.cpu.choice import has_numba
-from sparsekern.ops.crossover import DENSE_ABOVE, dense_wins
+from sparsekern.ops.crossover import covers, dense_wins, operand_kind
 
 Cut = tuple[int, int]
 """A block, (outputs, inputs)."""
 
-EDGES = frozenset(DENSE_ABOVE["half"]) - {1}
-"""Of blocks that have GPU kernels, besides 1: those that the crossover table knows."""
-
-HALVINGS = 40
 LEAST_DENSITY = 1e-4
 """Below it no break-even density is looked for."""
 
@@ -39,21 +37,6 @@ class Estimate(NamedTuple):
 
     seconds: float
     densely: bool = False
-
-
-class BreakEven(NamedTuple):
-    """The largest density at which the best sparse block is no slower than dense.
-
-    Attributes:
-        density: 0.0 if dense is faster at every density.
-        bound: "" if it was found; ">=" or "<=" if measuring stopped on that side of it.
-    """
-
-    density: float
-    bound: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.bound}{self.density:.2g}"
 
 
 class Times(Protocol):
@@ -72,7 +55,14 @@ class Times(Protocol):
         """With the best of the blocks at each density."""
 
 
-def predictor(device: torch.device) -> Times:
+class Predictor(Times, Protocol):
+    """What is predicted, of layers that are sparse already too."""
+
+    def seconds(self, layer: Layer, shares: Sequence[Share | None]) -> float:
+        """Of a layer whose parts compute with these shares; None: with the dense weight."""
+
+
+def predictor(device: torch.device) -> Predictor:
     """Predictions for a kind of device, whether or not there is one here.
 
     Raises:
@@ -87,15 +77,9 @@ def predictor(device: torch.device) -> Times:
 
 def crossing(best: Callable[[float], float], dense: float) -> BreakEven:
     """Where sparse seconds, which grow with density, reach dense ones."""
-    if best(1.0) <= dense:
-        return BreakEven(1.0)
     if best(LEAST_DENSITY) > dense:
-        return BreakEven(0.0)
-    low, high = LEAST_DENSITY, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if best(middle) <= dense else (low, middle)
-    return BreakEven(low)
+        return BreakEven(1.0 if best(1.0) <= dense else 0.0)
+    return BreakEven(last_that_holds(lambda density: best(density) <= dense, LEAST_DENSITY, 1.0))
 
 
 @dataclass(frozen=True)
@@ -125,27 +109,33 @@ class CpuTimes:
 
     def sparse(self, layer: Layer, block: Cut, sparsities: Sequence[float]) -> Estimate:
         """Seconds of all calls."""
-        shares = list(zip(layer.parts, sparsities, strict=True))
-        stored = sum(part.held(block, s).stored for part, s in shares if s > 0)
-        return self._sum(layer, block, stored, sum(part.size for part, s in shares if s == 0))
+        return Estimate(self.seconds(layer, layer.shares(block, sparsities)))
 
     def break_even(self, layer: Layer, blocks: Sequence[Cut]) -> BreakEven:
         """All parts at the same density."""
         return crossing(
             lambda density: min(
-                self._sum(layer, block, density * layer.size, 0).seconds for block in blocks
+                self.seconds(layer, layer.shares_of(block, density)) for block in blocks
             ),
             self.dense(layer),
         )
 
-    def _sum(self, layer: Layer, block: Cut, stored: float, dense: int) -> Estimate:
+    def seconds(self, layer: Layer, shares: Sequence[Share | None]) -> float:
+        """Seconds of all calls; of several blocks, at the rate of the smallest."""
+        pairs = list(zip(layer.parts, shares, strict=True))
+        sparse = [share for share in shares if share is not None]
+        if not sparse:
+            return self.dense(layer)
+        block = min((share.block for share in sparse), key=min)
+        stored = sum(share.stored for share in sparse)
+        dense = sum(part.size for part, share in pairs if share is None)
         seconds = 0.0
         for use in layer.uses:
             work = _work(use, stored, stored + dense)
             seconds += cpu_rates.sparse_seconds(layer.kind, block, work, self.threads)
             rest = 2 * use.products * use.tokens * dense / cpu_rates.RATES[layer.kind].dense
             seconds += 1e-9 * rest / self.threads
-        return Estimate(seconds)
+        return seconds
 
 
 def threads_shown(threads: int) -> str:
@@ -156,9 +146,6 @@ def threads_shown(threads: int) -> str:
 def _work(use: Use, multiplied: float, weights: float) -> cpu_rates.Work:
     flops = 2 * use.products * use.tokens * multiplied
     return cpu_rates.Work(flops, use.numbers, weights, use.steps)
-
-
-_HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -185,61 +172,51 @@ class CudaTimes:
 
     def source(self, layer: Layer) -> str:
         """The model, and the arithmetic it assumes."""
-        kind = _kinds(layer)[0]
         return (
-            f"predicted from the roofline model of {self.described}, {kind}; launches not counted"
+            f"predicted from the roofline model of {self.described}, {_operands(layer)}; launches "
+            "not counted"
         )
 
     def dense(self, layer: Layer) -> float:
         """Seconds of all calls."""
-        return sum(self._dense(layer, part) for part in layer.parts)
+        return self.seconds(layer, [None] * len(layer.parts))
 
     def sparse(self, layer: Layer, block: Cut, sparsities: Sequence[float]) -> Estimate:
         """Seconds of all calls; a density that the crossover table gives to dense takes as long."""
-        densities = [
-            part.held(block, s).stored / part.size if s > 0 else None
-            for part, s in zip(layer.parts, sparsities, strict=True)
-        ]
-        return self._estimate(layer, block, densities)
+        return self._estimate(layer, layer.shares(block, sparsities))
 
     def break_even(self, layer: Layer, blocks: Sequence[Cut]) -> BreakEven:
         """Only where the sparse kernels run."""
 
         def best(density: float) -> float:
-            every = [self._estimate(layer, b, [density] * len(layer.parts)) for b in blocks]
+            every = [self._estimate(layer, layer.shares_of(b, density)) for b in blocks]
             return min((e.seconds for e in every if not e.densely), default=float("inf"))
 
         return crossing(best, self.dense(layer))
 
-    def _estimate(self, layer: Layer, block: Cut, densities: Sequence[float | None]) -> Estimate:
-        precision = _kinds(layer)[1]
-        seconds, densely = 0.0, False
-        for part, density in zip(layer.parts, densities, strict=True):
-            if density is None:
-                seconds += self._dense(layer, part)
-            elif not _covered(block) or dense_wins(precision, block, min(density, 1.0)):
-                seconds += self._dense(layer, part)
-                densely = True
-            else:
-                seconds += sum(self._sparse(layer, u, part, block, density) for u in layer.uses)
-        return Estimate(seconds, densely)
-
-    def _dense(self, layer: Layer, part: Part) -> float:
+    def seconds(self, layer: Layer, shares: Sequence[Share | None]) -> float:
+        """Seconds of all calls."""
         return sum(
-            count * use.products * self.roofline.dense(problem).seconds
+            self._part(layer, use, part, share)
+            for part, share in zip(layer.parts, shares, strict=True)
             for use in layer.uses
-            for count, problem in [_products(layer, use, part, (1, 1), 1.0)]
         )
 
-    def _sparse(self, layer: Layer, use: Use, part: Part, block: Cut, density: float) -> float:
-        count, problem = _products(layer, use, part, block, density)
+    def _estimate(self, layer: Layer, shares: Sequence[Share | None]) -> Estimate:
+        kind = operand_kind(layer.dtype)
+        taken = [
+            share if share and covers(share.block) and not dense_wins(kind, *share[::2]) else None
+            for share in shares
+        ]
+        return Estimate(self.seconds(layer, taken), taken != list(shares))
+
+    def _part(self, layer: Layer, use: Use, part: Part, share: Share | None) -> float:
+        if share is None:
+            count, problem = _products(layer, use, part, (1, 1), 1.0)
+            return count * use.products * self.roofline.dense(problem).seconds
+        count, problem = _products(layer, use, part, share.block, share.stored / part.size)
         operations = ["forward", *["dx"] * use.dx, *["dw"] * use.dw]
         return count * sum(self.roofline.predict(name, problem).seconds for name in operations)
-
-
-def _covered(block: Cut) -> bool:
-    """Whether there are sparse kernels for it."""
-    return block == (1, 1) or all(edge in EDGES for edge in block)
 
 
 def _products(
@@ -252,14 +229,12 @@ def _products(
     if use.steps and part.weight.name.startswith("hh"):  # a state's weight, step by step
         count = use.steps // sum(p.weight.name.startswith("hh") for p in layer.parts)
     tokens = max(1, use.tokens // count)
-    return count, Problem(tokens, cols, rows, block, density, _kinds(layer)[0], read)
+    return count, Problem(tokens, cols, rows, block, density, _operands(layer), read)
 
 
-def _kinds(layer: Layer) -> tuple[str, str]:
-    """Operands as the roofline model calls them, and as the crossover table does."""
-    if layer.dtype in _HALVES:
-        return _HALVES[layer.dtype], "half"
-    if layer.dtype is not torch.float32:
+def _operands(layer: Layer) -> str:
+    """Kind of the operands, as the roofline model calls it."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}
+    if layer.dtype not in names:
         raise DtypeError(f"GPU kernels take float32, float16 and bfloat16; got {layer.dtype}")
-    strict = torch.get_float32_matmul_precision() == "highest"
-    return ("fp32", "ieee") if strict else ("tf32", "tf32")
+    return "fp32" if operand_kind(layer.dtype) == "ieee" else names[layer.dtype]

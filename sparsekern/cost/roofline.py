@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from sparsekern.cost.crossing import last_that_holds
 from sparsekern.errors import ConfigError
 
 OPERATIONS = ("forward", "dx", "dw")
@@ -65,7 +66,13 @@ H200 = Device(
     hbm=4.3e12,  # device-to-device copy
     csr_flops=0.27 * 67e12,  # the share of the fp32 peak that Sputnik reaches (Gale et al. 2020)
 )
-DEVICES = (H200,)
+H100 = replace(
+    H200,  # the same chip; of its own, both seen: an 8192 cube through cuBLAS, a device copy
+    name="NVIDIA H100 80GB HBM3",
+    flops={**H200.flops, "bf16": 798e12, "fp16": 798e12},
+    hbm=3.0e12,
+)
+DEVICES = (H200, H100)
 
 
 @dataclass(frozen=True)
@@ -204,14 +211,11 @@ class Roofline:
 
     def break_even(self, operation: str, problem: Problem) -> float:
         """The largest density at which sparse is no slower than dense (1.0: always)."""
-        low, high = 0.0, 1.0
-        if self.speedup(operation, replace(problem, density=high)) >= 1:
-            return high
-        for _ in range(50):  # time grows with density, so halving finds the crossing
-            middle = (low + high) / 2
-            faster = self.speedup(operation, replace(problem, density=middle)) >= 1
-            low, high = (middle, high) if faster else (low, middle)
-        return low
+        return last_that_holds(
+            lambda density: self.speedup(operation, replace(problem, density=density)) >= 1,
+            0.0,
+            1.0,
+        )
 
     def _tiled(self, problem: Problem, tile: tuple[int, int], hbm: float) -> Prediction:
         size, (rows, cols) = ELEMENT_BYTES[problem.kind], tile

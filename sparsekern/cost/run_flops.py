@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from sparsekern.cost.flops import as_products
 from sparsekern.cost.modes import evaluating
-from sparsekern.ops import flops  # noqa: F401  registers the formulas of the sparse operators
 
 Formula = Callable[..., int]
 
@@ -82,10 +81,7 @@ def run_flops(forward: ForwardFlops, batch: int, weight_steps: int, update_batch
 def _count(model: nn.Module, sample: Tensor, formulas: Mapping[Any, Formula]) -> int:
     with (
         evaluating(model),
-        # recurrent layers and attention as products that the counter knows
-        torch.backends.cudnn.flags(enabled=False),
-        torch.backends.mkldnn.flags(False, None, None, None),
-        sdpa_kernel(SDPBackend.MATH),
+        as_products(),
         FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter,
     ):
         model(sample)

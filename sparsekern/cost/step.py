@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsekern.cost import examples
 from sparsekern.cost.twin import Twin
-from sparsekern.errors import ModelError
+from sparsekern.errors import ModelError, told
 
 Loss = Callable[[Any], Tensor]
 """From the model's output to a number."""
@@ -46,10 +46,7 @@ def forward(twin: Twin, loss: Loss) -> Tensor:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"`loss` fails on {examples.described(output)}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+        raise ModelError(f"`loss` fails on {examples.described(output)}: {told(error)}") from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ModelError(
             "`loss` must map the model's output to one number with a gradient; got "

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from sparsekern.cost.examples import Examples
-from sparsekern.errors import ModelError
+from sparsekern.errors import ModelError, told
 
 
 class Twin(NamedTuple):
@@ -66,8 +66,7 @@ def _copied(
         model, optimizer = copy.deepcopy(pair, memo)
     except Exception as error:
         raise ModelError(
-            f"`model` must be one that copy.deepcopy takes; it raised {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
+            f"`model` must be one that copy.deepcopy takes; it raised {told(error)}"
         ) from error
     for parameter in model.parameters():
         parameter.grad = None

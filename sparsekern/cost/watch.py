@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
+from sparsekern.cost.examples import Call
+
 OTHER = ""
 """What no layer does: products between activations, as in attention."""
 
-Called = Callable[[str, Any], None]
+Called = Callable[[str, Call], None]
 
 
 class Watch:
@@ -25,7 +27,7 @@ class Watch:
     Args:
         layers: by name; none contains another.
         on_change: called with nothing just before another layer may be at work.
-        on_call: called with a layer's name, and its inputs and output, after a forward.
+        on_call: called with a layer's name and its call, after a forward.
 
     Attributes:
         backward: whether the backward pass has begun.
@@ -35,7 +37,7 @@ class Watch:
         self,
         layers: Mapping[str, nn.Module],
         on_change: Callable[[], None] = lambda: None,
-        on_call: Called = lambda _name, _values: None,
+        on_call: Called = lambda _name, _call: None,
     ) -> None:
         self.backward = False
         self._layers, self._on_change, self._on_call = layers, on_change, on_call
@@ -75,15 +77,15 @@ class Watch:
             if not self.backward:
                 before.append(set(_nodes((args, kwargs))))
 
-        def leave(_module: nn.Module, args: Any, output: Any) -> None:
+        def leave(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._on_change()
             self._running.pop()
             if not self.backward:
-                self._on_call(name, (args, output))
+                self._on_call(name, Call(args, kwargs, output))
                 self._own(name, _nodes(output), before.pop())
 
         yield layer.register_forward_pre_hook(enter, with_kwargs=True)
-        yield layer.register_forward_hook(leave)
+        yield layer.register_forward_hook(leave, with_kwargs=True)
 
     def _own(self, name: str, last: list[Any], stop: set[Any], *, through: bool = False) -> None:
         """Nodes between these and `stop` that nobody owns yet become the layer's.

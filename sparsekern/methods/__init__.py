@@ -1,9 +1,11 @@
-"""Sparse training methods, each on top of schedule, score, update and carry."""
+"""Sparse training methods, each on top of schedule, source, budget, update and carry."""
 
-from sparsekern.methods.base import LayerChange, Method, UpdateRecord
+from sparsekern.methods.base import Method
+from sparsekern.methods.change import LayerChange, UpdateRecord
 from sparsekern.methods.rigl import RigL
 from sparsekern.methods.schedule import UpdateSchedule
 from sparsekern.methods.set import SET
+from sparsekern.methods.sources import Gradient, Random, Source
 from sparsekern.methods.static import Static
 from sparsekern.methods.update import TopologyUpdate
 
@@ -13,9 +15,12 @@ METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL}
 __all__ = [
     "METHODS",
     "SET",
+    "Gradient",
     "LayerChange",
     "Method",
+    "Random",
     "RigL",
+    "Source",
     "Static",
     "TopologyUpdate",
     "UpdateRecord",

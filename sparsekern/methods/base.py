@@ -1,24 +1,25 @@
-"""`Method`: what all dynamic sparse training methods share.
+"""`Method`: what all sparse training methods share, from few small nouns.
 
-It attaches to an optimizer by step hooks, so that a training loop does not change, and leaves two
-questions to its subclasses: which positions to grow, and what it needs to observe for that.
+A schedule says when and how much, a source what growth looks at, a budget how many grow in each
+layer. `decide` makes of them, and of the layers alone, what an update changes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from sparsekern.carry.optimizer_state import check_followable, check_holds, state_tensors
-from sparsekern.errors import ConfigError, DtypeError, TrainingLoopError
+from sparsekern.carry.optimizer_state import check_followable, check_holds
+from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.methods import ranks
+from sparsekern.methods.budget import Budget, check_exact, same
+from sparsekern.methods.change import Decision, UpdateRecord, change
+from sparsekern.methods.loop import Loop
 from sparsekern.methods.schedule import UpdateSchedule
+from sparsekern.methods.sources import Source
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.init import bounds
@@ -30,31 +31,13 @@ from sparsekern.swap import sparse_layers
 log = logging.getLogger(__name__)
 
 GROW_INITS = ("zeros", "init")
-_attached: WeakKeyDictionary[torch.optim.Optimizer, WeakSet[Method]] = WeakKeyDictionary()
 
 
-class LayerChange(NamedTuple):
-    """One layer's part in a topology update, in blocks.
-
-    Attributes:
-        dropped: dropped, those grown again at once included.
-        grown: those that were not active before.
-    """
-
-    dropped: int
-    grown: int
-
-
-class UpdateRecord(NamedTuple):
-    """What one topology update did, and at which weight step."""
-
-    step: int
-    fraction: float
-    layers: dict[str, LayerChange]
-
-
-class Method:
+class Method(Loop):
     """A sparse training method attached to a model and its optimizer.
+
+    A method of its own is a subclass that names its `source` and `budget`, and overrides what else
+    is different: `drop_scores` or `survivors`, `grown_positions`, `grown_values`.
 
     Args:
         model: holds the sparse layers, see `sparsekern.sparsify_`.
@@ -65,7 +48,7 @@ class Method:
         decay: "cosine", "linear" or "constant" decay of that share until `t_end`.
         first_update: weight step of the first update; 0 as in the reference code.
         step_on_update: False: an update spends its batch and takes no weight step. True: the
-            weight step is taken first, then the topology changes.
+            weight step is taken first, then the topology changes. None: the method's default.
         grow_init: "zeros", or "init" to draw grown weights as at initialisation.
         norm: how a block's entries become one score: "l1", "l2" or "max".
         grad_accumulation: backward passes per optimizer step.
@@ -76,7 +59,11 @@ class Method:
         OptimizerError: the optimizer does not hold a layer's `values`, or is LBFGS.
     """
 
-    default_step_on_update = False
+    source: ClassVar[type[Source]] = Source
+    """What growth looks at; the method's own is `self.growth`."""
+    budget: ClassVar[Budget] = same
+    """How many grow in each layer: a function, called without `self`, of `methods.budget`."""
+    default_step_on_update: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -94,7 +81,7 @@ class Method:
         grad_accumulation: int = 1,
         seed: int = 0,
     ) -> None:
-        self.schedule = UpdateSchedule(t_end, update_freq, drop_fraction, first_update, decay)
+        schedule = UpdateSchedule(t_end, update_freq, drop_fraction, first_update, decay)
         check_norm(norm)
         if grow_init not in GROW_INITS:
             raise ConfigError(f"`grow_init` must be one of {GROW_INITS}; got {grow_init!r}")
@@ -104,113 +91,93 @@ class Method:
             )
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise DtypeError(
-                f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
-            )
-        self.layers = {n: m for n, m in sparse_layers(model).items() if m.values.requires_grad}
-        if not self.layers:
-            raise ConfigError(
-                "`model` has no trainable sparse layer; call sparsify_ first (at a low sparsity "
-                "ERK leaves all layers dense)"
-            )
-        for name, layer in self.layers.items():
-            check_holds(optimizer, name, layer.values)
-        check_followable(optimizer)
-        if any(method.attached for method in _attached.get(optimizer, ())):
-            raise ConfigError(
-                "the optimizer has a method attached already; detach() that one first"
-            )
-        self.optimizer = optimizer
-        self.step_on_update = (
-            self.default_step_on_update if step_on_update is None else step_on_update
-        )
+        self.layers = _layers_to_train(model, optimizer)
+        default = self.default_step_on_update if step_on_update is None else step_on_update
+        super().__init__(optimizer, schedule, default)
         self.grow_init, self.norm = grow_init, norm
         self.grad_accumulation, self.seed = grad_accumulation, seed
-        self.weight_steps = 0
-        self.last_update: int | None = None
         self.history: list[UpdateRecord] = []
-        self._took_step = False
-        self._hooks: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        _attached.setdefault(optimizer, WeakSet()).add(self)
-        self._prepare()
+        self.growth = self.source(self.layers, norm, grad_accumulation)
+        self._attach()
 
-    # ---- for subclasses
+    # ---- which to drop, which to grow, with which value: for subclasses
 
-    def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor) -> Tensor:
-        """Positions to grow in one layer, as many as `keep` (nnzb,) bool drops."""
-        raise NotImplementedError
+    def drop_scores(self, name: str, layer: SparseLayer) -> Tensor:  # noqa: ARG002
+        """Score of each active block, (nnzb,) in CSR order: the smallest are dropped."""
+        return block_norm(layer.active_values().float(), self.norm)
 
-    def arm(self, due: bool) -> None:
-        """Called before each batch: whether its gradients will be asked for."""
+    def survivors(self, name: str, layer: SparseLayer, fraction: float) -> Tensor:
+        """Mark the active blocks that stay, (nnzb,) bool; the schedule asks for `fraction` less."""
+        return drop_smallest(
+            self.drop_scores(name, layer), drop_count(layer.topology.nnzb, fraction)
+        )
 
-    def is_ready(self) -> bool:
-        """Whether a due update can be decided; if not, it waits for the next batch."""
-        return True
+    def most_grown(self, name: str, layer: SparseLayer, fraction: float) -> int:  # noqa: ARG002
+        """How many blocks may grow in a layer at most, told to the source before the batch."""
+        return drop_count(layer.topology.nnzb, fraction)
 
-    # ---- the training loop's side
+    def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Tensor:  # noqa: ARG002
+        """The `n` positions, int64, that a layer grows where it keeps the blocks `keep`."""
+        return self.growth.best(name, keep, n, self.generator(name))
 
-    @property
-    def attached(self) -> bool:
-        """Whether the optimizer's steps still drive this method."""
-        return bool(self._hooks)
+    def grown_values(self, name: str, layer: SparseLayer, update: TopologyUpdate) -> Tensor | None:
+        """Values of the new blocks, (update.grown, bh, bw) in CSR order; None for zeros."""
+        if self.grow_init == "zeros":
+            return None
+        topology = update.topology
+        drawn = torch.rand(
+            topology.values_shape,
+            generator=self.generator(name),
+            dtype=torch.float32,
+            device="cpu",
+        )
+        drawn = drawn.to(layer.values) * 2 - 1
+        drawn = topology.clear_padding_(drawn * bounds(topology).to(drawn.dtype))
+        return drawn[update.source < 0]
+
+    # ---- the update
+
+    def decide(self, fraction: float) -> dict[str, Decision]:
+        """What an update by this share would do to each layer; changes nothing.
+
+        Raises:
+            ConfigError, ShapeError, TopologyError: an override or the budget gives what can't be.
+        """
+        layers, keep = self.trained_layers(), {}
+        for name, layer in layers.items():
+            with ranged("drop", name):
+                kept = self.survivors(name, layer, fraction)
+                keep[name] = _expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
+        dropped = {name: kept.numel() - int(kept.sum()) for name, kept in keep.items()}
+        grown = type(self).budget(dropped, layers, self.growth)
+        check_exact(dropped, grown)
+        decisions = {}
+        for name, layer in layers.items():
+            with ranged("grow", name):
+                update = self._grow(name, layer, keep[name], grown[name])
+                values = self.grown_values(name, layer, update)
+                if values is not None:
+                    _expect("grown_values", name, values, (update.grown, *layer.block))
+            decisions[name] = Decision(update, dropped[name], values)
+        return decisions
+
+    def _grow(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> TopologyUpdate:
+        positions = self.grown_positions(name, layer, keep, n)
+        _expect("grown_positions", name, positions, (n,), torch.int64)
+        try:
+            return rewire(layer.topology, keep, positions)
+        except TopologyError as error:  # a survivor, the same twice, or out of range
+            raise TopologyError(f"`grown_positions` of layer {name!r}: {error}") from None
 
     def trained_layers(self) -> dict[str, SparseLayer]:
         """The layers that take part now: those whose values are not frozen."""
         return {name: m for name, m in self.layers.items() if m.values.requires_grad}
 
-    @property
-    def due(self) -> bool:
-        """Whether the next optimizer step is an update step."""
-        return self.schedule.is_due(self.weight_steps, self.last_update)
-
-    def step(self) -> bool:
-        """Update the topology now if an update is due; returns whether it did.
-
-        The optimizer's hooks call this; calling it by hand after backward does no harm. With
-        `step_on_update` the update belongs after the weight step, so only the hooks make it.
-        """
-        if self.step_on_update or not self._update_if_due():
-            return False
-        # the batch is spent: without gradients the optimizer takes no weight step either
-        self.optimizer.zero_grad(set_to_none=True)
-        return True
-
-    def __call__(self) -> bool:
-        """For loops written as `if method(): optimizer.step()`: False after an update step."""
-        if self.step_on_update:
-            return True
-        return not self.step()
-
-    def detach(self) -> None:
-        """Remove the hooks: training goes on with the topology as it is."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self.arm(False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Progress of the schedule; topologies and values are in the model's own state_dict."""
-        return {"weight_steps": self.weight_steps, "last_update": self.last_update}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume the schedule.
-
-        Raises:
-            ConfigError: keys are missing or unknown, or a value is no step count.
-        """
-        if set(state) != {"weight_steps", "last_update"}:
-            raise ConfigError(
-                f"method state must have keys weight_steps, last_update; got {sorted(state)}"
-            )
-        steps, last = state["weight_steps"], state["last_update"]
-        if type(steps) is not int or steps < 0 or not (last is None or type(last) is int):
-            raise ConfigError(f"method state must hold step counts; got {dict(state)}")
-        self.weight_steps, self.last_update = steps, last
-        self._prepare()
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU generator seeded by seed, weight step and layer: equal on every rank and resume."""
+        index = list(self.layers).index(name)
+        seed = (self.seed * 1_000_003 + self.weight_steps) * 1_009 + index
+        return torch.Generator().manual_seed(seed % 2**63)
 
     def __repr__(self) -> str:
         s = self.schedule
@@ -220,89 +187,55 @@ class Method:
             f"weight_steps={self.weight_steps}, updates={len(self.history)})"
         )
 
-    # ---- hooks
+    def _watch(self, due: bool) -> None:
+        fraction = self.schedule.fraction(self.weight_steps)
+        layers = self.trained_layers() if due else {}
+        self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
 
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if any(callable(a) for a in (*args, kwargs.get("closure"))):
-            raise TrainingLoopError(
-                "a topology update needs the gradients before optimizer.step(); got a closure: "
-                "call backward first"
-            )
-        if not self.step_on_update:
-            self.step()
-        self._took_step = any(
-            p.grad is not None for group in optimizer.param_groups for p in group["params"]
-        )
-
-    def _after_step(self, *_: Any) -> None:
-        if not self._took_step:
-            return
-        if self.step_on_update:
-            self._update_if_due()
-        self.weight_steps += 1
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self.arm(self.due)
-
-    # ---- the update
-
-    def _update_if_due(self) -> bool:
-        if not (self.due and self.is_ready()):
+    def _ready(self) -> bool:
+        layers, step = self.trained_layers(), self.weight_steps
+        if not self.growth.ready(layers, step, self.last_update):
+            self._watch(True)
             return False
-        layers = self.trained_layers()
         broken = [n for n, m in layers.items() if not bool(m.values.isfinite().all())]
         if broken:
-            log.warning(
-                "update at weight step %d not made: %s not finite", self.weight_steps, broken
-            )
-            return False
-        with ranged("update"):
-            self._update(layers)
-        return True
+            log.warning("update at weight step %d not made: %s not finite", step, broken)
+        return not broken
 
-    def _update(self, layers: Mapping[str, SparseLayer]) -> None:
+    def _update(self) -> None:
         fraction = self.schedule.fraction(self.weight_steps)
-        tensors = {n: self._moving_tensors(n, layer) for n, layer in layers.items()}
-        updates = {n: self._decide(n, layer, fraction) for n, layer in layers.items()}
-        changes = {}
-        for name, (update, dropped) in updates.items():
-            with ranged("rewire", name):
-                self.layers[name].rewire_(update.topology, update.source, tensors[name])
-            self._init_grown(name, update)
-            self.layers[name].values.grad = None  # it belongs to the old positions
-            changes[name] = LayerChange(dropped, update.grown)
+        changes = change(self.layers, self.decide(fraction), self.optimizer)
         if ranks.is_distributed():
             ranks.check_agreement({n: layer.topology for n, layer in self.layers.items()})
-        self.last_update = self.weight_steps
         self.history.append(UpdateRecord(self.weight_steps, fraction, changes))
-        self._prepare()
 
-    def _moving_tensors(self, name: str, layer: SparseLayer) -> list[Tensor]:
-        return [layer.values.data, *state_tensors(self.optimizer, name, layer.values)]
 
-    def _decide(self, name: str, layer: SparseLayer, fraction: float) -> tuple[TopologyUpdate, int]:
-        topology = layer.topology
-        k = drop_count(topology.nnzb, fraction)
-        with ranged("drop_grow", name):
-            keep = drop_smallest(block_norm(layer.active_values().float(), self.norm), k)
-            return rewire(topology, keep, self.grown_positions(name, layer, keep)), k
+def _layers_to_train(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, SparseLayer]:
+    """The sparse layers that are not frozen; raises unless the optimizer can follow them."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise DtypeError(
+            f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
+        )
+    layers = {n: m for n, m in sparse_layers(model).items() if m.values.requires_grad}
+    if not layers:
+        raise ConfigError(
+            "`model` has no trainable sparse layer; call sparsify_ first (at a low sparsity "
+            "ERK leaves all layers dense)"
+        )
+    for name, layer in layers.items():
+        check_holds(optimizer, name, layer.values)
+    check_followable(optimizer)
+    return layers
 
-    def _init_grown(self, name: str, update: TopologyUpdate) -> None:
-        if self.grow_init == "zeros":
-            return
-        layer, fresh = self.layers[name], update.source < 0
-        blocks = layer.active_values().clone()
-        drawn = torch.rand(blocks.shape, generator=self.generator(name), device="cpu")
-        drawn = drawn.to(blocks) * 2 - 1
-        drawn = update.topology.clear_padding_(drawn * bounds(update.topology).to(blocks.dtype))
-        blocks[fresh] = drawn[fresh]
-        layer.set_active_values(blocks)
 
-    def generator(self, name: str) -> torch.Generator:
-        """A CPU generator seeded by seed, weight step and layer: equal on every rank and resume."""
-        index = list(self.layers).index(name)
-        seed = (self.seed * 1_000_003 + self.weight_steps) * 1_009 + index
-        return torch.Generator().manual_seed(seed % 2**63)
+def _expect(
+    what: str, name: str, got: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Check what an override gave for a layer."""
+    if tuple(got.shape) != shape or dtype not in (None, got.dtype):
+        kind = f"{dtype} " if dtype else ""
+        raise ShapeError(
+            f"`{what}` of layer {name!r} must be {kind}of shape {shape}; "
+            f"got {got.dtype} of shape {tuple(got.shape)}"
+        )
+    return got

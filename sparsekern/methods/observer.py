@@ -24,14 +24,9 @@ class GradientObserver:
     were cleared, as after a skipped AMP step) starts over.
     """
 
-    def __init__(
-        self,
-        layer: SparseLayer,
-        norm: str,
-        passes: int,
-        reduce: Callable[[Tensor], None] | None,
-    ) -> None:
-        self.layer, self.norm, self.passes, self.reduce = layer, norm, passes, reduce
+    def __init__(self, layer: SparseLayer, norm: str, passes: int) -> None:
+        self.layer, self.norm, self.passes = layer, norm, passes
+        self.reduce: Callable[[Tensor], None] | None = None
         self.key = register(self)
         self.k = 0
         self.rounds = 0
@@ -41,10 +36,10 @@ class GradientObserver:
         self._scores: GrowScores | None = None
         self._hook: RemovableHandle | None = None
 
-    def arm(self, k: int) -> None:
-        """Observe coming passes, for the `k` best inactive blocks."""
+    def arm(self, k: int, reduce: Callable[[Tensor], None] | None) -> None:
+        """Observe coming passes, for the `k` best inactive blocks; `reduce` sums over ranks."""
         self.disarm()
-        self.k = k
+        self.k, self.reduce = k, reduce
         self.layer.observe(self.key)
         register_hook: Any = self.layer.values.register_post_accumulate_grad_hook
         self._hook = register_hook(self._accumulated)

@@ -6,17 +6,8 @@ Algorithm 1.
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
-from torch import Tensor
-
-from sparsekern.errors import TrainingLoopError
-from sparsekern.methods import ranks
-from sparsekern.methods.base import Method, log
-from sparsekern.methods.observer import GradientObserver
-from sparsekern.methods.update import drop_count, grow_largest
-from sparsekern.nn import SparseLayer
+from sparsekern.methods.base import Method
+from sparsekern.methods.sources import Gradient
 
 
 class RigL(Method):
@@ -33,56 +24,4 @@ class RigL(Method):
     finite does not happen; it waits for the next batch.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.observers: dict[str, GradientObserver] = {}
-        self._postponed: int | None = -1
-        super().__init__(*args, **kwargs)
-
-    def arm(self, due: bool) -> None:
-        """Observe gradients on batches that an update will spend."""
-        if due and not self.observers:
-            reduce = ranks.sum_over_ranks if ranks.is_distributed() else None
-            self.observers = {
-                name: GradientObserver(layer, self.norm, self.grad_accumulation, reduce)
-                for name, layer in self.layers.items()
-            }
-        trained = self.trained_layers()
-        fraction = self.schedule.fraction(self.weight_steps)
-        for name, observer in self.observers.items():
-            if due and name in trained:
-                observer.arm(drop_count(self.layers[name].topology.nnzb, fraction))
-            else:
-                observer.disarm()
-
-    def is_ready(self) -> bool:
-        """Whether every layer's gradient was seen and is finite."""
-        observers = {name: self.observers[name] for name in self.trained_layers()}
-        for name, observer in observers.items():
-            if observer.rounds > self.grad_accumulation:
-                raise TrainingLoopError(
-                    f"layer {name!r} saw {observer.rounds} backward passes before a topology "
-                    f"update; expected {self.grad_accumulation} (argument `grad_accumulation`)"
-                )
-        scores = {name: observer.scores() for name, observer in observers.items()}
-        missing = [name for name, s in scores.items() if s is None]
-        broken = [name for name, s in scores.items() if s is not None and not s.is_finite()]
-        if missing or broken:
-            # once for each update that is due, not once for each batch it waits
-            level = logging.DEBUG if self._postponed == self.last_update else logging.WARNING
-            log.log(
-                level,
-                "update at weight step %d postponed: no gradient for %s, not finite for %s",
-                self.weight_steps,
-                missing,
-                broken,
-            )
-            self._postponed = self.last_update
-            self._prepare()
-        return not (missing or broken)
-
-    def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor) -> Tensor:
-        """The non-survivors with the largest dense gradient."""
-        scores = self.observers[name].scores()
-        if scores is None:
-            raise TrainingLoopError(f"layer {name!r} has no gradient to grow by")
-        return grow_largest(layer.topology, keep, scores)
+    source = Gradient

@@ -6,11 +6,8 @@ inspired by network science", Nature Communications 2018, on RigL's schedule as 
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from sparsekern.methods.base import Method
-from sparsekern.methods.update import grow_random
-from sparsekern.nn import SparseLayer
+from sparsekern.methods.sources import Random
 
 
 class SET(Method):
@@ -20,8 +17,5 @@ class SET(Method):
     topology, as the RigL authors' code does for SET.
     """
 
+    source = Random
     default_step_on_update = True
-
-    def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor) -> Tensor:
-        """Uniformly random non-survivors, the same on every rank and implementation."""
-        return grow_random(layer.topology, keep, self.generator(name)).to(keep.device)

@@ -45,23 +45,22 @@ def drop_smallest(scores: Tensor, k: int) -> Tensor:
     return top_k_mask(scores, scores.numel() - k)
 
 
-def grow_largest(topology: Topology, keep: Tensor, scores: GrowScores) -> Tensor:
-    """Positions, as many as were dropped, with the largest score among all non-survivors.
+def grow_largest(topology: Topology, keep: Tensor, n: int, scores: GrowScores) -> Tensor:
+    """The `n` positions with the largest score among all non-survivors.
 
     What was just dropped may be grown again (Evci et al. 2020, Algorithm 1).
     """
     positions = torch.cat([topology.positions()[~keep], scores.positions])
     values = torch.cat([scores.active[~keep], scores.scores])
     order = torch.argsort(positions)
-    best = top_k_mask(values[order], int((~keep).sum()))
+    best = top_k_mask(values[order], n)
     return positions[order][best]
 
 
-def grow_random(topology: Topology, keep: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions, as many as were dropped, drawn uniformly among all non-survivors."""
+def grow_random(topology: Topology, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """`n` positions, drawn uniformly among all non-survivors."""
     kept = topology.positions()[keep]
     total = topology.block_rows * topology.block_cols
-    n = topology.nnzb - kept.numel()
     ranks = sample_sorted(n, total - kept.numel(), generator).to(kept.device)
     # the r-th position that is not kept stands r + (kept positions before it)
     free_before = kept - torch.arange(kept.numel(), device=kept.device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from sparsekern.cost import run_flops
 
 
 def forward_flops(
@@ -25,11 +24,5 @@ def forward_flops(
         shape: of the input, batch first.
         dtype: of the input: float32, or int64 for tokens.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.device("meta"))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # products that the counter knows
-        model, x = build().eval(), torch.zeros(shape, dtype=dtype)
-        counter = stack.enter_context(FlopCounterMode(display=False))
-        model(x)
-    return int(counter.get_total_flops())
+    with torch.device("meta"):
+        return run_flops.forward_flops(build(), torch.zeros(shape, dtype=dtype)).executed

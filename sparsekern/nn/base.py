@@ -9,18 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
-from sparsekern.errors import DtypeError, ShapeError, TopologyError
+from sparsekern.errors import DtypeError, TopologyError
+from sparsekern.nn.held import HeldTopology
 from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
-from sparsekern.nn.view import WeightView
+from sparsekern.nn.view import WeightView, refuse_assignment
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
+from sparsekern.ops.cpu import choice
+from sparsekern.ops.direct import any_autocast
 from sparsekern.ops.dispatch import check_impl, resolve
-from sparsekern.topology import ARRAY_NAMES, Topology
+from sparsekern.topology import Topology
 
 L = TypeVar("L", bound=nn.Module)
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(HeldTopology):
     """Base of layers with one sparse weight matrix of shape (rows, cols).
 
     The parameter `values` holds the active blocks only, (nnzb, bh, bw) in CSR order of the
@@ -31,32 +34,16 @@ class SparseLayer(nn.Module):
     multiplied by a mask in forward, and its optimizer state is dense.
     """
 
-    values: nn.Parameter
     bias: nn.Parameter | None
-    crow: Tensor
-    col: Tensor
-    ccol: Tensor
-    row: Tensor
-    perm: Tensor
-    row_order: Tensor
-    col_order: Tensor
-    dense_mask: Tensor | None
-    _blank = False  # whether the index arrays are memory that nothing was written to
 
     def __init__(self, topology: Topology, impl: str | None, dtype: torch.dtype | None) -> None:
-        super().__init__()
         check_impl(impl)
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise DtypeError(f"`dtype` must be a floating point type; got {dtype}")
+        super().__init__(topology)
         self.impl = impl
-        self.matrix_shape = topology.shape
-        self.block = topology.block
-        self._cut = topology.groups, topology.taps
         self._capture_key = 0
-        for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
-            # a copy: an update overwrites it, and the topology may be another layer's
-            self.register_buffer(name, array.clone())
         mask = topology.to_mask() if impl == "masked" else None
         self.register_buffer("dense_mask", mask, persistent=False)
         shape = topology.values_shape if mask is None else topology.shape
@@ -65,30 +52,24 @@ class SparseLayer(nn.Module):
     # ---- facts
 
     @property
-    def topology(self) -> Topology:
-        """The current connections; shares memory with the buffers.
-
-        Raises:
-            TopologyError: they are not known, as after `to_empty` of a layer on the meta device.
-        """
-        self.check_known()
-        return self._held()
-
-    def _held(self) -> Topology:
-        """What the buffers hold, whether or not it means anything."""
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAY_NAMES}
-        groups, taps = self._cut
-        return Topology(self.matrix_shape, self.block, **arrays, groups=groups, taps=taps)
-
-    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense layer's weight; the matrix's own unless a subclass differs."""
         return self.matrix_shape
 
     @property
     def weight(self) -> WeightView:
-        """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`."""
+        """A view that answers `.shape`, `.dtype`, `.device` and `.to_dense()`; see `WeightView`."""
         return WeightView(self)
+
+    @weight.setter
+    def weight(self, _: object) -> None:
+        refuse_assignment()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, as torch does, unless it would stand where the view is."""
+        if name == "weight":
+            refuse_assignment()
+        super().register_parameter(name, param)
 
     @property
     def nnz(self) -> int:
@@ -108,10 +89,14 @@ class SparseLayer(nn.Module):
     @property
     def resolved_impl(self) -> str:
         """The implementation that a forward pass would use now."""
+        return self.impl_on(self.values.device)
+
+    def impl_on(self, device: torch.device) -> str:
+        """The implementation that a forward pass on `device` would use."""
         if self.impl == "masked":
             return "masked"
-        like, density = self.values, self._held().block_density
-        return resolve(self.impl, like.device, like.dtype, self.block, density)
+        density = self._held().block_density
+        return resolve(self.impl, device, self.values.dtype, self.block, density)
 
     def mask(self) -> Tensor:
         """Dense bool mask of the active weights, of the shape of `weight`."""
@@ -149,6 +134,7 @@ class SparseLayer(nn.Module):
             source: (nnzb,) int64, where each new block stood in CSR order; -1 for a new one.
             tensors: tensors of the shape of `values`, `values` among them; new blocks become 0.
         """
+        topology.known()  # validated before anything changes
         with torch.no_grad():
             if self.dense_mask is None:
                 for tensor in tensors:
@@ -158,8 +144,7 @@ class SparseLayer(nn.Module):
                 for tensor in tensors:
                     tensor.masked_fill_(fresh, 0)
                 self.dense_mask.copy_(topology.to_mask())
-            for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
-                getattr(self, name).copy_(array)
+            self._overwrite_(topology)
 
     def reset_values(
         self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
@@ -189,15 +174,27 @@ class SparseLayer(nn.Module):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, values and bias, in autocast's dtype where that is on; float64 stays."""
-        self.check_known()
-        values: Tensor = self.values
-        bias: Tensor | None = self.bias
+        if self._blank:
+            self.check_known()
+        own = self._parameters  # faster than an attribute; a parametrization is one, though
+        values, bias = own.get("values"), own.get("bias")
+        values = self.values if values is None else values
+        bias = self.bias if bias is None else bias
+        if not torch.compiler.is_compiling() and not any_autocast():
+            return x, values, bias
         kind = x.device.type
         known = torch.amp.autocast_mode.is_autocast_available(kind)  # not of the meta device
         if not known or not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
             return x, values, bias
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _mask(self) -> Tensor | None:
+        """The mask of `impl="masked"`, None elsewhere."""
+        mask = self._buffers["dense_mask"]
+        if mask is not None and not torch.compiler.is_compiling():
+            _ = self.topology  # raises if there is none: the mask would mean nothing
+        return mask
 
     def _take_from(self, module: Any, matrix: Tensor) -> Self:
         """Copy the active values of a dense layer, whose weight is `matrix`, and its bias."""
@@ -226,59 +223,23 @@ class SparseLayer(nn.Module):
 
     # ---- torch plumbing
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast; memory that the meta device's index arrays get holds no connections yet."""
-        was_meta = self.col.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._blank = self._blank or (was_meta and not self.col.is_meta)
-        return self
-
-    def check_known(self) -> None:
-        """Raise `TopologyError` if the index arrays were never filled: kernels trust them."""
-        if self._blank:
-            raise TopologyError(
-                "the layer came from the meta device by `to_empty` and has no connections yet: "
-                "load a state_dict first"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
         # a copy is not observed: its gradients belong to no update of the original
-        return self.__dict__ | {"_capture_key": 0}
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Refuse what does not fit before anything is copied: kernels trust the index arrays."""
-        present = [name for name in (*ARRAY_NAMES, "values") if prefix + name in state_dict]
-        if present:
-            self._check_state(state_dict, prefix, present)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if present:
-            self._blank = self._blank and self.col.is_meta
-        if self.dense_mask is not None:
-            self.dense_mask.copy_(self.topology.to_mask())
-
-    def _check_state(self, state: dict[str, Any], prefix: str, present: list[str]) -> None:
-        if len(present) <= len(ARRAY_NAMES):
-            raise TopologyError(
-                f"state of {prefix!r} must hold values and all of {ARRAY_NAMES}; got only {present}"
-            )
-        arrays = [state[prefix + name] for name in ARRAY_NAMES]
-        own = self._held()
-        incoming = own.with_arrays(arrays).validate()
-        shape = state[prefix + "values"].shape
-        if incoming.nnzb != own.nnzb or shape != self.values.shape:
-            raise ShapeError(
-                f"state of {prefix!r} must have {own.nnzb} active blocks and values of "
-                f"shape {tuple(self.values.shape)}; got {incoming.nnzb} and {tuple(shape)}"
-            )
+        return super().__getstate__() | {"_capture_key": 0}
 
     def _repr_facts(self) -> str:
         block = self.block[0] if self.block[0] == self.block[1] else self.block
-        impl = self.impl or f"{self.resolved_impl} (auto)"
+        runs = self.resolved_impl
+        impl = self.impl or f"{runs} (auto)"
+        if runs == "cpu":
+            impl += f", path={choice.described(min(self.block))}"
         held = self._held()
         if self._blank or (self.col.is_meta and held.grid.ragged):  # how many, not where
             return f"block={block}, active_blocks={held.nnzb}, impl={impl}"
+        try:
+            held.known()
+        except TopologyError as error:
+            return f"block={block}, no topology ({error}), impl={impl}"
         return f"block={block}, sparsity={self.sparsity:.4g}, nnz={self.nnz}, impl={impl}"
 
 

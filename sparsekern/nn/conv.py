@@ -154,23 +154,25 @@ class SparseConv(SparseLayer):
 
     # ---- use
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (N, C_in, *size), or one image without N, to (N, C_out, *size)."""
-        if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != (
+        if input.dim() not in (self.dims + 1, self.dims + 2) or input.shape[-self.dims - 1] != (
             self.in_channels
         ):
             names = ", ".join(("height", "width")[-self.dims :])
             raise ShapeError(
                 f"input must have shape (N, {self.in_channels}, {names}) or "
-                f"({self.in_channels}, {names}); got {tuple(x.shape)}"
+                f"({self.in_channels}, {names}); got {tuple(input.shape)}"
             )
-        x, values, bias = self._operands(x)
+        x, values, bias = self._operands(input)
         images = self._as_images(self._pads.apply(x))
-        if self.dense_mask is not None:
+        mask = self._mask()
+        if mask is not None:
             self.geometry.output_size(*images.shape[2:])
-            y = dense_conv2d(images, values * self.dense_mask, self.geometry, bias)
+            y = dense_conv2d(images, values * mask, self.geometry, bias)
         else:
-            y = ops.conv2d(images, values, self.topology, self.geometry, bias, impl=self.impl)
+            t = self._connections()
+            y = ops.conv2d(images, values, t, self.geometry, bias, impl=self.impl)
         return self._from_images(self._observed(y, images), x)
 
     def grow_scores(self, dys: Any, xs: Any, k: int, norm: str, reduce: Any) -> GrowScores:

@@ -18,7 +18,7 @@ def fan_in(topology: Topology) -> Tensor:
     """Active inputs of each output: (rows,) float32; padding does not count."""
     grid, bh = topology.grid, topology.block[0]
     widths = torch.tensor(grid.block_sizes(1), dtype=torch.float32, device=topology.device)
-    per_block_row = torch.zeros(topology.block_rows, device=topology.device)
+    per_block_row = widths.new_zeros(topology.block_rows)
     per_block_row.index_add_(0, topology.slot_rows(), widths[topology.col.long()])
     per_row = per_block_row.repeat_interleave(bh, output_size=topology.block_rows * bh)
     return per_row.view(topology.groups, -1)[:, : grid.part[0]].flatten()

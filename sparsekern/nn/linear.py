@@ -77,19 +77,22 @@ class SparseLinear(SparseLayer):
             bound = 1 / math.sqrt(self.in_features)
             draw_uniform_(self.bias.data, generator, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
+        if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise ShapeError(
-                f"input must have shape (..., {self.in_features}); got {tuple(x.shape)}"
+                f"input must have shape (..., {self.in_features}); got {tuple(input.shape)}"
             )
-        x, values, bias = self._operands(x)
-        tokens = x.reshape(-1, self.in_features)
-        if self.dense_mask is not None:
-            y = nn.functional.linear(tokens, values * self.dense_mask, bias)
+        x, values, bias = self._operands(input)
+        flat = x.dim() == 2
+        tokens = x if flat else x.reshape(-1, self.in_features)
+        mask = self._mask()
+        if mask is not None:
+            y = nn.functional.linear(tokens, values * mask, bias)
         else:
-            y = ops.spmm(tokens, values, self.topology, bias, impl=self.impl)
-        return self._observed(y, tokens).view(*x.shape[:-1], self.out_features)
+            y = ops.spmm(tokens, values, self._connections(), bias, impl=self.impl)
+        y = self._observed(y, tokens)
+        return y if flat else y.view(*x.shape[:-1], self.out_features)
 
     @classmethod
     def from_dense(

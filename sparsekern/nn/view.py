@@ -7,17 +7,31 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from sparsekern.errors import DtypeError
+from sparsekern.errors import DtypeError, WeightError
 
 if TYPE_CHECKING:
     from sparsekern.nn.base import SparseLayer
 
+HELP = (
+    "`layer.weight.to_dense()` makes a dense copy; the active weights are `layer.values`: write to "
+    "it, or to all by `layer.set_active_values`; `from_dense` takes over a dense layer"
+)
+
 
 class WeightView:
-    """Stands where `nn.Linear` has `weight`: answers for the dense matrix without storing it."""
+    """Stands where `nn.Linear` has `weight`: answers for the dense matrix without storing it.
 
-    def __init__(self, layer: SparseLayer) -> None:
+    What can't be answered without the dense matrix raises `WeightError`, and so does every
+    assignment and in-place change, which would be lost.
+    """
+
+    __slots__ = ("_layer", "_tracked")
+
+    def __init__(self, layer: SparseLayer, tracked: bool = True) -> None:
         self._layer = layer
+        self._tracked = tracked
+
+    # ---- what is known
 
     @property
     def shape(self) -> torch.Size:
@@ -37,18 +51,126 @@ class WeightView:
     @property
     def requires_grad(self) -> bool:
         """Whether the values are trained."""
-        return self._layer.values.requires_grad
+        return self._tracked and self._layer.values.requires_grad
 
-    @classmethod
-    def __torch_function__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to act as a tensor; torch's fused inference paths then step aside."""
-        raise DtypeError(
-            f"{getattr(func, '__name__', func)} needs a dense tensor; use layer.weight.to_dense()"
-        )
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the dense weight."""
+        return len(self.shape)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the values are on a CUDA device."""
+        return self._layer.values.is_cuda
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the values are on the meta device."""
+        return self._layer.values.is_meta
+
+    @property
+    def data(self) -> WeightView:
+        """The same view, which is not trained."""
+        return WeightView(self._layer, tracked=False)
+
+    @property
+    def grad(self) -> None:
+        """None if there is no gradient.
+
+        Raises:
+            WeightError: there is one; it exists for the active weights only.
+        """
+        if self._tracked and self._layer.values.grad is not None:
+            raise AttributeError  # `__getattr__` takes over
+
+    def dim(self) -> int:
+        """Dimensions of the dense weight."""
+        return self.ndim
+
+    ndimension = dim
+
+    def numel(self) -> int:
+        """Weights of the dense layer; `layer.nnz` is the number of active ones."""
+        return self.shape.numel()
+
+    nelement = numel
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Shape of the dense weight, or one size of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def element_size(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        """True: all weights are."""
+        return True
+
+    def is_complex(self) -> bool:
+        """False: no weight is."""
+        return False
+
+    def norm(self, p: float | str = "fro") -> Tensor:
+        """The p-norm of all weights, detached; those that are not active add nothing.
+
+        Raises:
+            WeightError: `p` is negative, where zeros count.
+        """
+        order = 2.0 if p == "fro" else p
+        if isinstance(order, str) or order < 0:
+            raise WeightError(f"`p` must be 'fro' or at least 0; got {p!r}: {HELP}")
+        total: Tensor = torch.linalg.vector_norm(self._layer.active_values(), order)
+        return total
 
     def to_dense(self) -> Tensor:
         """The dense weight, made anew and detached; zero where nothing is active."""
         return self._layer.dense_weight()
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def __repr__(self) -> str:
         return f"WeightView(shape={tuple(self.shape)}, dtype={self.dtype}, sparse)"
+
+    # ---- what is not
+
+    @classmethod
+    def __torch_function__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to act as a tensor; torch's fused inference paths then step aside."""
+        raise DtypeError(f"{getattr(func, '__name__', func)} needs a dense tensor: {HELP}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise WeightError(_refusal(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in WeightView.__slots__:
+            raise WeightError(f"`layer.weight.{name}` can't be assigned to: {HELP}")
+        super().__setattr__(name, value)
+
+
+def refuse_assignment() -> NoReturn:
+    """Raise the `WeightError` of `layer.weight = ...`."""
+    raise WeightError(f"`weight` of a sparse layer can't be assigned to: {HELP}")
+
+
+def _refusal(name: str) -> str:
+    if name == "grad":
+        return "the gradient exists for the active weights only: `layer.values.grad`"
+    return f"`layer.weight.{name}` needs a dense tensor: {HELP}"
+
+
+def _refused(name: str) -> Any:
+    def method(*_: object) -> NoReturn:
+        raise WeightError(_refusal(name))
+
+    return method
+
+
+# operators are looked up in the type, where `__getattr__` is not asked
+_OPERATORS = (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul"),
+    *("pow", "neg", "abs", "iter", "getitem", "setitem", "array", "lt", "le", "gt", "ge"),
+)
+for _name in _OPERATORS:
+    setattr(WeightView, f"__{_name}__", _refused(f"__{_name}__"))

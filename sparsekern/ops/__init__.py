@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, ShapeError
-from sparsekern.ops import flops, library
+from sparsekern.ops import direct, flops, library
 from sparsekern.ops.checks import (
     check_bias,
     check_device,
@@ -20,6 +20,7 @@ from sparsekern.ops.checks import (
     check_tokens,
     check_values,
     check_whole,
+    fits,
     implementation,
 )
 from sparsekern.ops.conv import conv2d, conv2d_dgrad, conv2d_grow_scores, conv2d_wgrad
@@ -33,6 +34,7 @@ from sparsekern.ops.grow import (
     linear_slabs,
     stream_grow_scores,
 )
+from sparsekern.ops.library import Operators
 from sparsekern.topology import Topology
 
 __all__ = [
@@ -81,15 +83,21 @@ def spmm(
         ShapeError, DtypeError, DeviceError, ConfigError, UnavailableError: bad arguments.
     """
     rows, cols = topology.shape
+    known = None if direct.is_watched() else topology.known()
     check_whole(topology)
-    check_values(values, topology)
-    check_operand("x", x, cols, values)
-    check_bias(bias, rows, values)
+    if known is None or not fits(x, cols, -1, values, bias, known):
+        check_values(values, topology)
+        check_operand("x", x, cols, values)
+        check_bias(bias, rows, values)
     if activation not in (None, "relu"):
         raise ConfigError(f"`activation` must be None or 'relu'; got {activation!r}")
-    rest = *library.parts(topology), activation == "relu", implementation(impl, values, topology)
-    y: Tensor = library.spmm(x.reshape(-1, cols), values, bias, *rest)
-    return y.view(*x.shape[:-1], rows)
+    relu, name = activation == "relu", implementation(impl, values, topology)
+    tokens = x if x.dim() == 2 else x.reshape(-1, cols)
+    if known is not None and direct.is_plain(x, values, bias):
+        y = direct.linear(tokens, values, bias, topology, known, relu=relu, impl=name)
+    else:
+        y = Operators(name).spmm(tokens, values, topology, bias, relu=relu)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
 
 def spmm_t(dy: Tensor, values: Tensor, topology: Topology, *, impl: str | None = None) -> Tensor:
@@ -174,6 +182,7 @@ def grow_scores(
     # a graph would keep every slab
     dys, xs = ([t.detach().reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
     if reduce is not None:
+        topology.known()
         return stream_grow_scores(linear_slabs(dys, xs), xs[0], topology, k, norm, reduce)
     # the gradient is dense whatever the density
     impl = resolve(impl, xs[0].device, xs[0].dtype, topology.block)

@@ -8,10 +8,13 @@ from sparsekern.errors import DeviceError, DtypeError, ShapeError
 from sparsekern.ops.dispatch import resolve
 from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
+from sparsekern.topology.known import Known
 
 
 def implementation(impl: str | None, like: Tensor, topology: Topology) -> str:
     """The implementation that runs, from `impl`, device, dtype, block and density."""
+    if impl is None and like.is_cpu:  # what `resolve` says, at once
+        return "cpu"
     return resolve(impl, like.device, like.dtype, topology.block, topology.block_density)
 
 
@@ -24,6 +27,35 @@ def check_values(values: Tensor, topology: Topology) -> None:
     if not values.is_floating_point():
         raise DtypeError(f"`values` must be floating point; got {values.dtype}")
     check_device(topology, values)
+
+
+def fits(
+    x: Tensor, inputs: int, axis: int, values: Tensor, bias: Tensor | None, known: Known
+) -> bool:
+    """Whether a product's operands pass the checks of this module, which say what does not.
+
+    Args:
+        x: activations, with `inputs` features along `axis`.
+        inputs: of the weight.
+        axis: -1, or 1 for images.
+        values: the weight's blocks.
+        bias: None, or one for each output.
+        known: of the topology.
+    """
+    dtype, device = values.dtype, known.device
+    if bias is not None and not (
+        bias.dtype is dtype and bias.device == device and bias.shape == known.outputs
+    ):
+        return False
+    return (
+        x.dim() > 0
+        and x.shape[axis] == inputs
+        and x.dtype is dtype
+        and x.device == device
+        and values.shape == known.values_shape
+        and values.device == device
+        and values.is_floating_point()
+    )
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor) -> None:

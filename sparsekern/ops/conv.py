@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsekern.errors import ConfigError, ShapeError
 from sparsekern.ops import conv_library as library
+from sparsekern.ops import direct
 from sparsekern.ops.checks import (
     check_bias,
     check_device,
@@ -21,6 +22,7 @@ from sparsekern.ops.checks import (
     check_image,
     check_outputs,
     check_values,
+    fits,
     implementation,
 )
 from sparsekern.ops.geometry import ConvGeometry
@@ -54,15 +56,17 @@ def conv2d(
     Raises:
         ShapeError, DtypeError, DeviceError, ConfigError, UnavailableError: bad arguments.
     """
+    known = None if direct.is_watched() else topology.known()
     check_geometry(topology, geometry)
-    check_values(values, topology)
-    check_image("x", x, _inputs(topology), values)
-    check_bias(bias, topology.shape[0], values)
-    height, width = x.shape[2:]
-    geometry.output_size(height, width)
-    rest = library.conv_parts(topology, geometry, height, width)
-    y: Tensor = library.conv2d(x, values, bias, *rest, implementation(impl, values, topology))
-    return y
+    if known is None or not (x.dim() == 4 and fits(x, _inputs(topology), 1, values, bias, known)):
+        check_values(values, topology)
+        check_image("x", x, _inputs(topology), values)
+        check_bias(bias, topology.shape[0], values)
+    geometry.output_size(x.shape[2], x.shape[3])
+    name = implementation(impl, values, topology)
+    if known is not None and direct.is_plain(x, values, bias):
+        return direct.conv2d(x, values, bias, topology, known, geometry=geometry, impl=name)
+    return library.ConvOperators(name).conv2d(x, values, topology, geometry, bias)
 
 
 def conv2d_dgrad(
@@ -130,6 +134,7 @@ def conv2d_grow_scores(
         raise ShapeError(f"`dy` and `x` must come in pairs; got {len(dys)} and {len(xs)}")
     for one_dy, one_x in zip(dys, xs, strict=True):
         _check_pair(one_dy, one_x, topology, geometry)
+    topology.known()
     # a graph would keep every slab
     dys, xs = ([t.detach() for t in group] for group in (dys, xs))
     return stream_grow_scores(conv_slabs(dys, xs, geometry), xs[0], topology, k, norm, reduce)

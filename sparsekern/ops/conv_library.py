@@ -7,6 +7,7 @@ differentiation: each gradient is again one of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparsekern.ops.library import (
     NO_GRADS,
     TOPOLOGY,
     below_autograd,
+    checked_topology,
     define,
     differentiate,
     gradient_functions,
@@ -27,7 +29,6 @@ from sparsekern.ops.library import (
     keep,
     parts,
     restore,
-    topology_of,
 )
 from sparsekern.topology import ARRAY_NAMES, Topology
 
@@ -54,13 +55,18 @@ def output_size(layout: Sequence[int]) -> tuple[int, int]:
 
 def geometry_of(layout: Sequence[int]) -> ConvGeometry:
     """The geometry of the convolution that a `layout` describes."""
-    return ConvGeometry.from_ints(list(layout[_SIZES:-2]))
+    return ConvGeometry.from_ints(layout[_SIZES:-2])
 
 
 def _split(rest: tuple[Any, ...]) -> tuple[ConvBackend, Topology, ConvGeometry]:
     """The backend, topology and geometry behind an operator's trailing arguments."""
     *parts, impl = rest
-    return backend(impl), topology_of(*parts), geometry_of(parts[-1])
+    return backend(impl), checked_topology(*parts), _geometry(tuple(parts[-1][_SIZES:-2]))
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(sizes: tuple[int, ...]) -> ConvGeometry:
+    return ConvGeometry.from_ints(sizes)
 
 
 # ---- kernels: the last argument names the backend
@@ -166,3 +172,52 @@ differentiate(
         "conv2d_backward": _both,
     }
 )
+
+
+class ConvOperators:
+    """The operators in the form of a `ConvBackend`, whose name they pass on."""
+
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+
+    def conv2d(
+        self,
+        x: Tensor,
+        values: Tensor,
+        topology: Topology,
+        geometry: ConvGeometry,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, P, Q)."""
+        rest = conv_parts(topology, geometry, *x.shape[2:])
+        y: Tensor = conv2d(x, values, bias, *rest, self.impl)
+        return y
+
+    def conv2d_dgrad(
+        self,
+        dy: Tensor,
+        values: Tensor,
+        topology: Topology,
+        geometry: ConvGeometry,
+        *,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """(N, C_out, P, Q) -> (N, C_in, *size)."""
+        dx: Tensor = conv2d_dgrad(dy, values, *conv_parts(topology, geometry, *size), self.impl)
+        return dx
+
+    def conv2d_wgrad(
+        self, dy: Tensor, x: Tensor, topology: Topology, geometry: ConvGeometry
+    ) -> Tensor:
+        """(N, C_out, P, Q), (N, C_in, H, W) -> (nnzb, bh, bw)."""
+        rest = conv_parts(topology, geometry, *x.shape[2:])
+        dw: Tensor = conv2d_wgrad(dy, x, *rest, self.impl)
+        return dw
+
+    def conv2d_backward(
+        self, dy: Tensor, x: Tensor, values: Tensor, topology: Topology, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor]:
+        """dx, in the format of x, and dw at once."""
+        rest = conv_parts(topology, geometry, *x.shape[2:])
+        both: tuple[Tensor, Tensor] = conv2d_backward(dy, x, values, *rest, self.impl)
+        return both

@@ -3,12 +3,14 @@
 Used by `impl=None` alone. A layer above its entry computes from a dense weight that lives as long
 as the operator; storage, gradient and optimizer state stay sparse, and its FLOPs count as dense.
 
-The figures come from the traffic model in `sparsekern/planning/roofline.py`, with a margin of about
+The figures come from the traffic model in `sparsekern/cost/roofline.py`, with a margin of about
 a fifth for what a kernel loses to its start and its end; a measured run replaces them. Smaller
 blocks fetch activations more often for each FLOP, so they lose to dense products earlier.
 """
 
 from __future__ import annotations
+
+import torch
 
 _SAME: dict[int, float] = {16: 0.15, 32: 0.3, 64: 0.5, 128: 0.8}
 
@@ -20,8 +22,25 @@ DENSE_ABOVE: dict[str, dict[int, float]] = {
 """Kind of operands -> smaller edge of the block -> share of blocks above which dense wins.
 
 Kinds: "half" for float16 and bfloat16; "tf32" and "ieee" for float32 with and without tensor
-cores, as `torch.set_float32_matmul_precision` says (`sparsekern.kernels.launch.compute_kind`).
+cores, as `torch.set_float32_matmul_precision` says.
 """
+
+EDGES = frozenset(_SAME)
+"""Of blocks that have kernels, besides 1."""
+
+
+def operand_kind(dtype: torch.dtype) -> str:
+    """Kind of operands; what `sparsekern.kernels.launch.compute_kind` says, without triton."""
+    if dtype.itemsize == 2:
+        return "half"
+    # the older `get_float32_matmul_precision` raises once this newer setting has been used
+    strict = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if strict else "tf32"
+
+
+def covers(block: tuple[int, int]) -> bool:
+    """Whether there are kernels for it; what `sparsekern.kernels.launch.supported` says."""
+    return block == (1, 1) or all(edge in EDGES for edge in block)
 
 
 def dense_wins(kind: str, block: tuple[int, int], density: float) -> bool:

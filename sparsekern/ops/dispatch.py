@@ -6,15 +6,13 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, UnavailableError
-from sparsekern.ops.crossover import dense_wins
+from sparsekern.ops.crossover import covers, dense_wins, operand_kind
 from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
@@ -118,8 +116,19 @@ def check_impl(impl: str | None) -> None:
         raise ConfigError(f"`impl` must be None or one of {sorted(BACKENDS)}; got {impl!r}")
 
 
+class Assumed(NamedTuple):
+    """An `impl` that is resolved as if the operands were on `device`.
+
+    For copies of layers that are counted: an attribute of theirs is no other thread's business, and
+    `torch.compile` guards on it.
+    """
+
+    impl: str | None
+    device: torch.device
+
+
 def resolve(
-    impl: str | None,
+    impl: str | Assumed | None,
     device: torch.device,
     dtype: torch.dtype,
     block: tuple[int, int],
@@ -142,13 +151,15 @@ def resolve(
         ConfigError: `impl` is unknown.
         DeviceError, DtypeError, ShapeError, UnavailableError: the named one can't run here.
     """
+    if isinstance(impl, Assumed):
+        impl, device = impl
     check_impl(impl)
-    device = _assumed or device
     if impl is None:
         if device.type == "cpu":
             return "cpu"
-        covered = device.type == "cuda" and dtype in _TRITON_DTYPES and _triton_covers(block)
-        return "triton" if covered and not _dense_wins(dtype, block, density) else "dense"
+        covered = device.type == "cuda" and dtype in _TRITON_DTYPES and covers(block)
+        sparse = covered and has_triton() and not dense_wins(operand_kind(dtype), block, density)
+        return "triton" if sparse else "dense"
     if impl == "cpu" and device.type != "cpu":
         raise DeviceError(f"impl='cpu' needs CPU tensors; got {device}")
     if impl == "triton":
@@ -156,37 +167,9 @@ def resolve(
     return impl
 
 
-_assumed: torch.device | None = None
-
-
-@contextmanager
-def assuming(device: torch.device) -> Iterator[None]:
-    """Resolve as if all tensors were on `device`: for counting with tensors that have no memory."""
-    global _assumed  # noqa: PLW0603  torch.compile guards on it, unlike on a context variable
-    before, _assumed = _assumed, device
-    try:
-        yield
-    finally:
-        _assumed = before
-
-
 def has_triton() -> bool:
     """Whether the package triton can be imported."""
     return _HAS_TRITON
-
-
-def _triton_covers(block: tuple[int, int]) -> bool:
-    if not has_triton():
-        return False
-    from sparsekern.kernels.launch import supported  # noqa: PLC0415  triton is optional
-
-    return supported(block)
-
-
-def _dense_wins(dtype: torch.dtype, block: tuple[int, int], density: float) -> bool:
-    from sparsekern.kernels.launch import compute_kind  # noqa: PLC0415  triton is optional
-
-    return dense_wins(compute_kind(dtype), block, density)
 
 
 def _check_triton(device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> None:
@@ -199,7 +182,7 @@ def _check_triton(device: torch.device, dtype: torch.dtype, block: tuple[int, in
         )
     if dtype not in _TRITON_DTYPES:
         raise DtypeError(f"impl='triton' takes float32, float16 and bfloat16; got {dtype}")
-    if not _triton_covers(block):
+    if not covers(block):
         raise ShapeError(
             f"impl='triton' takes block (1, 1) or edges of 16, 32, 64 and 128; got {block}"
         )

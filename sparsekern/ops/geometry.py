@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
@@ -83,7 +84,7 @@ class ConvGeometry:
         return [*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups]
 
     @staticmethod
-    def from_ints(sizes: list[int]) -> ConvGeometry:
+    def from_ints(sizes: Sequence[int]) -> ConvGeometry:
         """Inverse of `as_ints`."""
         # under torch.compile they come as symbols: each geometry is a graph of its own
         kh, kw, sh, sw, ph, pw, dh, dw, groups = map(int, sizes)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsekern.ops.dispatch import backend
 from sparsekern.ops.grow import grow_scores_of
 from sparsekern.topology import ARRAY_NAMES, Topology
+from sparsekern.topology.known import known_topology, versions_if_counted, versions_of
 
 TOPOLOGY = ", ".join(f"Tensor {name}" for name in ARRAY_NAMES) + ", int[] layout"
 _COL, _LAYOUT = 1, len(ARRAY_NAMES)  # places among the trailing arguments
@@ -30,15 +31,29 @@ _jit: Any = torch.jit  # untyped likewise
 
 def parts(topology: Topology) -> tuple[Any, ...]:
     """A topology as operator arguments: index arrays, and [rows, cols, bh, bw, groups, taps]."""
-    return *topology.arrays, [*topology.shape, *topology.block, topology.groups, topology.taps]
+    return *topology.arrays, list(topology.layout)
 
 
 def topology_of(*parts: Any) -> Topology:
-    """Inverse of `parts`; a convolution's sizes may follow in the last one."""
+    """Inverse of `parts`, unchecked; a convolution's sizes may follow in the last one."""
     *arrays, layout = parts
     rows, cols, bh, bw, groups, taps = layout[:6]
     named: dict[str, Any] = dict(zip(ARRAY_NAMES, arrays, strict=True))
     return Topology((rows, cols), (bh, bw), **named, groups=groups, taps=taps)
+
+
+def checked_topology(*parts: Any) -> Topology:
+    """Inverse of `parts`, for kernels: the object that the arrays came from, if it is alive.
+
+    Raises:
+        TopologyError: the arrays are no topology.
+    """
+    *arrays, layout = parts
+    found = known_topology(arrays, tuple(layout[:6]))
+    if found is not None:
+        return found
+    topology = topology_of(*parts)
+    return topology if topology.known() is not None else topology.validate()
 
 
 def is_traced() -> bool:
@@ -60,37 +75,37 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 
 def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     *parts, relu, impl = rest
-    return backend(impl).spmm(x, values, topology_of(*parts), bias, relu=relu)
+    return backend(impl).spmm(x, values, checked_topology(*parts), bias, relu=relu)
 
 
 def _spmm_t(dy: Tensor, values: Tensor, *rest: Any) -> Tensor:
     *parts, impl = rest
-    return backend(impl).spmm_t(dy, values, topology_of(*parts))
+    return backend(impl).spmm_t(dy, values, checked_topology(*parts))
 
 
 def _sddmm(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     *parts, impl = rest
-    return backend(impl).sddmm(dy, x, topology_of(*parts))
+    return backend(impl).sddmm(dy, x, checked_topology(*parts))
 
 
 def _sddmm_add(out: Tensor, dy: Tensor, x: Tensor, *rest: Any) -> None:
     *parts, impl = rest
     with torch.no_grad():
-        backend(impl).sddmm(dy, x, topology_of(*parts), out=out)
+        backend(impl).sddmm(dy, x, checked_topology(*parts), out=out)
     if impl == "triton":  # a kernel writes unseen: whoever saved `out` must notice
         torch.autograd.graph.increment_version(out)
 
 
 def _spmm_backward(dy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *parts, impl = rest
-    return backend(impl).backward(dy, x, values, topology_of(*parts))
+    return backend(impl).backward(dy, x, values, checked_topology(*parts))
 
 
 def _grow_scores(
     dys: Sequence[Tensor], xs: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *parts, k, norm, impl = rest
-    scores = grow_scores_of(dys, xs, topology_of(*parts), k, norm, impl)
+    scores = grow_scores_of(dys, xs, checked_topology(*parts), k, norm, impl)
     return scores.active, scores.positions, scores.scores
 
 
@@ -156,16 +171,34 @@ grow_scores = define(
 
 
 def keep(ctx: Any, *operands: Any) -> None:
-    """Save tensors, layout and implementation for the backward pass."""
+    """Save tensors, index arrays, layout and implementation for the backward pass.
+
+    The arrays are kept beside the saved tensors, as `direct` keeps its topology: activation
+    checkpointing compares what is saved, and may come by one way in forward and the other again.
+    """
     *tensors, ctx.layout, ctx.impl = operands
-    ctx.save_for_backward(*tensors)
+    ctx.arrays = tensors[-len(ARRAY_NAMES) :]
+    ctx.versions = versions_if_counted(ctx.arrays)
+    ctx.save_for_backward(*tensors[: -len(ARRAY_NAMES)])
 
 
 def restore(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
     """The saved operands, and the trailing arguments of every product."""
     saved = ctx.saved_tensors
-    n = len(saved) - len(ARRAY_NAMES)
-    return saved[:n], (*saved[n:], ctx.layout, ctx.impl)
+    check_unchanged(ctx.arrays, ctx.versions)
+    return saved, (*ctx.arrays, ctx.layout, ctx.impl)
+
+
+def check_unchanged(arrays: Sequence[Tensor], versions: tuple[int, ...] | None) -> None:
+    """Raise, as torch does for saved tensors, if index arrays changed since the forward pass."""
+    if versions is None or versions_of(arrays) == versions:
+        return
+    pairs = zip(ARRAY_NAMES, versions, versions_of(arrays), strict=True)
+    changed = ", ".join(name for name, then, now in pairs if then != now)
+    raise RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: the topology's {changed} changed between forward and backward"
+    )
 
 
 def _plain_spmm(x: Tensor, values: Tensor, rest: tuple[Any, ...]) -> Any:
@@ -269,3 +302,45 @@ def differentiate(functions: dict[str, Any]) -> None:
 
 _transposed, _sampled, _both = gradient_functions(_plain_spmm, spmm_t, sddmm, spmm_backward)
 differentiate({"spmm": _Spmm, "spmm_t": _transposed, "sddmm": _sampled, "spmm_backward": _both})
+
+
+class Operators:
+    """The operators in the form of a `Backend`, whose name they pass on."""
+
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+
+    def spmm(
+        self,
+        x: Tensor,
+        values: Tensor,
+        topology: Topology,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+    ) -> Tensor:
+        """(M, cols) -> (M, rows)."""
+        y: Tensor = spmm(x, values, bias, *parts(topology), relu, self.impl)
+        return y
+
+    def spmm_t(self, dy: Tensor, values: Tensor, topology: Topology) -> Tensor:
+        """(M, rows) -> (M, cols)."""
+        dx: Tensor = spmm_t(dy, values, *parts(topology), self.impl)
+        return dx
+
+    def sddmm(
+        self, dy: Tensor, x: Tensor, topology: Topology, *, out: Tensor | None = None
+    ) -> Tensor:
+        """(M, rows), (M, cols) -> (nnzb, bh, bw), added to `out` if it is given."""
+        if out is not None:
+            sddmm_add(out, dy, x, *parts(topology), self.impl)
+            return out
+        dw: Tensor = sddmm(dy, x, *parts(topology), self.impl)
+        return dw
+
+    def backward(
+        self, dy: Tensor, x: Tensor, values: Tensor, topology: Topology
+    ) -> tuple[Tensor, Tensor]:
+        """dx and dw at once."""
+        both: tuple[Tensor, Tensor] = spmm_backward(dy, x, values, *parts(topology), self.impl)
+        return both

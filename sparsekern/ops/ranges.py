@@ -1,7 +1,8 @@
 """Named ranges in `torch.profiler`, for what is no operator of its own.
 
     sparsekern::update         a topology update; inside it, for each layer,
-    sparsekern::drop_grow      what to drop and to grow, and
+    sparsekern::drop           what to drop,
+    sparsekern::grow           what to grow, and
     sparsekern::rewire         the move of values and optimizer state
     sparsekern::score          the dense gradient, streamed in the backward pass before an update
     sparsekern::scan           a recurrent layer's time steps, in one direction

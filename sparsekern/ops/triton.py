@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsekern.kernels.bsr_conv2d import bsr_conv2d, bsr_conv2d_dgrad
+from sparsekern.kernels.bsr_conv2d import bsr_conv2d
+from sparsekern.kernels.bsr_conv2d_dgrad import bsr_conv2d_dgrad
 from sparsekern.kernels.bsr_conv2d_wgrad import bsr_conv2d_wgrad
 from sparsekern.kernels.bsr_sddmm import bsr_sddmm
 from sparsekern.kernels.bsr_spmm import bsr_spmm, bsr_spmm_t

@@ -139,7 +139,7 @@ def _csr(call: _Call) -> int:
 
 
 def _line(call: _Call) -> int:
-    from sparsekern.ops.cpu.jit.conv_job import Job  # noqa: PLC0415  numba is optional
+    from sparsekern.ops.cpu.jit import conv_plan as plans  # noqa: PLC0415  numba is optional
 
     x, y, t, g, (forward, dx, dw) = call
     if g is None:
@@ -147,9 +147,10 @@ def _line(call: _Call) -> int:
     if (g.taps, g.stride, g.padding) == (1, (1, 1), (0, 0)):
         x, y = (a.flatten(2).unsqueeze(2) for a in (x, y))  # as `jit.conv` does
     kind = choice.compute_dtype(x.dtype)
-    job = Job(t, g, x.to(kind), y.to(kind))
-    elements = job.forward_scratch() if forward else job.backward_scratch(sums=dx, dots=dw)
-    return kind.itemsize * elements
+    made = plans.Call.of(t, g, x, y)._replace(itemsize=kind.itemsize)
+    if forward:
+        return kind.itemsize * plans.forward_scratch(made)
+    return kind.itemsize * plans.backward_scratch(made, dx=dx, dw=dw)
 
 
 def _stored(t: Topology) -> int:

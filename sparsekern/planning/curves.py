@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsekern.cost.crossing import BreakEven, break_even
 from sparsekern.cost.layers import Layer
-from sparsekern.cost.predict import BreakEven, Cut, Estimate, Times
+from sparsekern.cost.predict import Cut, Estimate, Times
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,13 @@ class Curve:
                 return r0 + (r1 - r0) * math.log(density / d0) / math.log(d1 / d0)
         return last
 
-    def break_even(self, blocks: Iterable[Cut]) -> BreakEven:
-        """Straight on log density between the measured ones on either side of it."""
+    def break_even(self, blocks: Iterable[Cut]) -> BreakEven | None:
+        """With the best of the blocks at each density."""
         best: dict[float, float] = {}
         for block in blocks:
             for density, ratio in self.points.get(block, ()):
                 best[density] = min(ratio, best.get(density, math.inf))
-        ordered = sorted(best.items())
-        faster = [i for i, (_, ratio) in enumerate(ordered) if ratio <= 1]
-        if not faster:
-            return BreakEven(ordered[0][0], "<=")
-        d0, r0 = ordered[faster[-1]]
-        if faster[-1] + 1 == len(ordered):
-            return BreakEven(d0, "" if d0 == 1 else ">=")
-        d1, r1 = ordered[faster[-1] + 1]
-        return BreakEven(d0 * (d1 / d0) ** ((1 - r0) / (r1 - r0)))
+        return break_even((density, 1 / ratio) for density, ratio in best.items())
 
 
 @dataclass(frozen=True)
@@ -96,9 +89,8 @@ class Measured:
     def break_even(self, layer: Layer, blocks: Sequence[Cut]) -> BreakEven:
         """From the curve."""
         curve = self.curves.get(layer.key())
-        if curve is None or not curve.points:
-            return self.otherwise.break_even(layer, blocks)
-        return curve.break_even(blocks)
+        found = None if curve is None else curve.break_even(blocks)
+        return self.otherwise.break_even(layer, blocks) if found is None else found
 
 
 def density_of(layer: Layer, sparsities: Sequence[float]) -> float:

@@ -10,18 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from sparsekern.cost.examples import Call, Examples, arguments, recording, run
-from sparsekern.cost.flops import StepCounter
-from sparsekern.cost.layers import Layer, Model, Part, Use
+from sparsekern.cost.examples import Call, Examples, arguments, run
+from sparsekern.cost.flops import StepCounter, as_products
+from sparsekern.cost.layers import Layer, Model, Part
 from sparsekern.cost.modes import evaluating
 from sparsekern.cost.step import total
 from sparsekern.cost.twin import copied
-from sparsekern.errors import ConfigError, DtypeError, ModelError
+from sparsekern.cost.uses import Use, argument
+from sparsekern.errors import ConfigError, DtypeError, ModelError, told
 from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, weights_of
 from sparsekern.swap import Pattern, Target, candidates
 
@@ -31,13 +30,13 @@ class _Step(NamedTuple):
 
     Attributes:
         calls: of the layers that are looked at, by name.
-        reached: whether a gradient came back to the output of each call.
+        uses: the facts of each.
         trained: ids of the model's parameters that got a gradient.
         flops: of its products.
     """
 
     calls: Mapping[str, Sequence[Call]]
-    reached: Mapping[str, Sequence[bool]]
+    uses: Mapping[str, Sequence[Use | None]]
     trained: frozenset[int]
     flops: int
 
@@ -111,7 +110,7 @@ def _explaining(
         except Exception as error:
             raise ConfigError(
                 f"`filter_fn` must tell of each layer whether it takes part; of {name!r} it raised "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
+                f"{told(error)}"
             ) from error
 
     return explained
@@ -125,24 +124,23 @@ def _step(model: nn.Module, examples: Examples, owners: Sequence[str]) -> _Step:
     """A training step of a copy; gradients are dropped as soon as they are there."""
     twin = copied(model, (), None).model
     names = dict(twin.named_modules())
-    wanted = {names[owner] for owner in owners}
-    calls: dict[str, list[Call]] = {}
-    reached: dict[str, list[bool]] = {}
+    calls: dict[str, list[Call]] = {owner: [] for owner in owners}
     trained = _noting_gradients(twin)
+    counter = StepCounter(
+        {owner: names[owner] for owner in owners},
+        set(),
+        lambda name, call: calls[name].append(call),
+    )
     with _counting(twin):
-
-        def forward() -> Tensor:
-            with recording(twin, wanted.__contains__) as found:
-                output = run(twin, _cloned(examples))
-            for name, own in found.items():
-                calls[name], reached[name] = own, [False] * len(own)
-                for i, call in enumerate(own):
-                    _note_arrival(call.output, reached[name], i)
-            return _loss(twin, output)
-
-        count = _counted(forward)
+        _count(counter, lambda: _loss(twin, run(twin, _cloned(examples))))
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
-    return _Step(calls, reached, frozenset(id(p) for p, own in pairs if id(own) in trained), count)
+    counts = counter.count.layers
+    return _Step(
+        calls,
+        {owner: counts[owner].uses for owner in owners},
+        frozenset(id(p) for p, own in pairs if id(own) in trained),
+        sum(count.forward + count.backward for count in counts.values()),
+    )
 
 
 @contextmanager
@@ -154,24 +152,19 @@ def _counting(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
-        # recurrent layers and attention as products
-        stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent))
-        stack.enter_context(torch.backends.mkldnn.flags(not recurrent, None, None, None))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(as_products(recurrent=recurrent))
         yield
 
 
-def _counted(forward: Callable[[], Tensor]) -> int:
+def _count(counter: StepCounter, forward: Callable[[], Tensor]) -> None:
     try:
-        layers = StepCounter({}, set()).step(forward).layers
+        counter.step(forward)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            "`model` fails on the example inputs in its backward pass: it raised "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"`model` fails on the example inputs in its backward pass: it raised {told(error)}"
         ) from error
-    return sum(count.forward + count.backward for count in layers.values())
 
 
 def _noting_gradients(model: nn.Module) -> set[int]:
@@ -188,18 +181,10 @@ def _noting_gradients(model: nn.Module) -> set[int]:
     return found
 
 
-def _note_arrival(output: Any, reached: list[bool], i: int) -> None:
-    """Note in `reached[i]` that a gradient comes back to an output."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            note: Any = leaf.register_hook  # untyped in torch
-            note(lambda _: reached.__setitem__(i, True))
-
-
 def _loss(model: nn.Module, output: Any) -> Tensor:
     """The sum of all outputs; of a model with nothing to train, a number that needs no products."""
     if not any(p.requires_grad for p in model.parameters()):
-        return torch.zeros((), requires_grad=True)
+        return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
     return total(vars(output) if dataclasses.is_dataclass(output) else output)
 
 
@@ -221,63 +206,11 @@ def _cloned(examples: Examples) -> Examples:
 def _layer(targets: list[Target], step: _Step) -> Layer:
     name, module = targets[0].owner, targets[0].module
     parts = tuple(Part(t.name, t.weight, id(t.weight.parameter) in step.trained) for t in targets)
-    calls, reached = step.calls.get(name, ()), step.reached.get(name, ())
-    return Layer(
-        name=name,
-        module=module,
-        parts=parts,
-        calls=tuple(calls),
-        uses=tuple(
-            _use(name, module, call, parts, back) for call, back in zip(calls, reached, strict=True)
-        ),
-        dtype=targets[0].weight.parameter.dtype,
-    )
-
-
-def _use(name: str, module: nn.Module, call: Call, parts: Sequence[Part], reached: bool) -> Use:
-    given = _argument(call, 0, "input")
-    x = given.data if isinstance(given, PackedSequence) else given
-    if not isinstance(x, Tensor) or not x.numel():
-        raise ModelError(f"layer {name!r} must get a tensor with numbers in it; got {given!r}")
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        y: Tensor = call.output
-        tokens, numbers, steps = y.numel() // module.out_channels, x.numel() + y.numel(), 0
-    else:
-        tokens, steps = x.numel() // x.shape[-1], _steps(module, given)
-        numbers = tokens * sum(sum(part.weight.shape) for part in parts)
-    dx, dw = reached and x.requires_grad, reached and any(part.trained for part in parts)
-    states = _states(module, given, call, tokens) if reached else 0
-    return Use(tuple(x.shape), tokens, numbers, steps, dx, dw, states)
-
-
-def _argument(call: Call, position: int, name: str) -> Any:
-    if len(call.args) > position:
-        return call.args[position]
-    return call.kwargs.get(name)
-
-
-def _states(module: nn.Module, given: Any, call: Call, tokens: int) -> int:
-    """How often a gradient of the state before is computed: not of one that was no result."""
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-        return 0
-    state = _argument(call, 1, "hx")
-    state = state[0] if isinstance(state, tuple) else state
-    if state is not None and state.requires_grad:
-        return tokens
-    if not isinstance(module, nn.RNNBase):
-        return 0
-    if isinstance(given, PackedSequence):
-        return tokens - int(given.batch_sizes[0])
-    return tokens - (given.shape[0 if module.batch_first else 1] if given.dim() == 3 else 1)
-
-
-def _steps(module: nn.Module, given: Any) -> int:
-    if isinstance(module, nn.Linear):
-        return 0
-    if not isinstance(module, nn.RNNBase):
-        return 1  # a cell
-    if isinstance(given, PackedSequence):
-        length = len(given.batch_sizes)
-    else:
-        length = given.shape[1 if module.batch_first and given.dim() == 3 else 0]
-    return int(length) * module.num_layers * (2 if module.bidirectional else 1)
+    for call, use in zip(step.calls[name], step.uses[name], strict=True):
+        if use is None:
+            raise ModelError(
+                f"layer {name!r} must get a tensor with numbers in it; got "
+                f"{argument(call, 0, 'input')!r}"
+            )
+    uses = [use for use in step.uses[name] if use is not None]
+    return Layer.of(name, module, parts, uses, step.calls[name])

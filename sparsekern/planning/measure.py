@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekern.cost.layers import Layer
 from sparsekern.cost.predict import LEAST_DENSITY, Cut
-from sparsekern.cost.timing import StepTime, paired_step_times, synchronize
+from sparsekern.cost.timing import HostClock, StepTime, paired_step_times, rounds_in
 from sparsekern.nn.kinds import convert
 from sparsekern.planning.curves import Curve, density_of
 from sparsekern.topology import Topology
@@ -140,10 +140,10 @@ class _Bench:
             steps[_name(block)] = self._step(self._sparse(block, sparsities))
         for step in steps.values():
             step()  # compiles what is not compiled yet
-        once = {name: self._once(step) for name, step in steps.items()}
+        clock = HostClock(self.device)
+        once = {name: clock.once(step) for name, step in steps.items()}
         burst = max(1, round(BURST_SECONDS / max(once.values())))
-        rounds = int(seconds / (burst * sum(once.values())))
-        rounds = min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
+        rounds = rounds_in(seconds, burst * sum(once.values()), LEAST_ROUNDS, MOST_ROUNDS)
         self.rounds = min(self.rounds, rounds)
         times = paired_step_times(steps, DENSE, device=self.device, rounds=rounds, burst=burst)
         self.dense_seconds = times[DENSE].seconds
@@ -179,13 +179,6 @@ class _Bench:
                     torch.autograd.backward(y, dy)
 
         return step
-
-    def _once(self, step: Callable[[], None]) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        step()
-        synchronize(self.device)
-        return time.perf_counter() - start
 
 
 def _fresh(module: nn.Module, device: torch.device) -> nn.Module:

@@ -15,7 +15,7 @@ from sparsekern.cost.examples import Examples
 from sparsekern.cost.layers import Layer, blocks_of
 from sparsekern.cost.predict import Cut, Times, predictor, threads_shown
 from sparsekern.devices import as_device
-from sparsekern.errors import ConfigError, DtypeError, MeasurementError
+from sparsekern.errors import ConfigError, DtypeError, MeasurementError, told
 from sparsekern.planning.curves import Curve, Measured
 from sparsekern.planning.examine import examine
 from sparsekern.planning.measure import measure as measure_layer
@@ -44,6 +44,7 @@ class PlanInterrupted(KeyboardInterrupt):
         self.plan = plan
 
 
+@torch.inference_mode(False)  # it takes training steps, whatever surrounds it
 def plan(
     model: nn.Module,
     example_inputs: Examples,
@@ -70,8 +71,8 @@ def plan(
     model never calls on the examples, or that no block fits, stay dense and out of account.
 
     Times are for the dtype of the weights, without autocast. They are predicted: on a CPU from a
-    table of measured rates (`planning.cpu_rates`), on a GPU from bounds that physics sets
-    (`planning.roofline`) and from what the kernels take on (`ops.crossover`). `measure=True` times
+    table of measured rates (`cost.cpu_rates`), on a GPU from bounds that physics sets
+    (`cost.roofline`) and from what the kernels take on (`ops.crossover`). `measure=True` times
     the layers on this machine instead, dense and sparse in turns; what layers have in common is
     measured once.
 
@@ -183,8 +184,7 @@ def _measured(
     except KeyboardInterrupt:
         raise PlanInterrupted(task.plan(times)) from None
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise MeasurementError(f"{failing} failed: {told}", task.plan(times)) from error
+        raise MeasurementError(f"{failing} failed: {told(error)}", task.plan(times)) from error
     return task.plan(times)
 
 
@@ -261,8 +261,8 @@ def _device(model: nn.Module, device: torch.device | str | None, *, measure: boo
         try:
             torch.empty(0, device=where)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-            told = str(error).partition("\n")[0]
-            raise ConfigError(f"`device` {device!r} can't be used here: {told}") from error
+            why = str(error).partition("\n")[0]
+            raise ConfigError(f"`device` {device!r} can't be used here: {why}") from error
     return where
 
 

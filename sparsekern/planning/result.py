@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sparsekern.cost.predict import BreakEven
+from sparsekern.cost.crossing import BreakEven
 from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.topology.blocks import Block
 

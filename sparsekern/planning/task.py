@@ -92,13 +92,13 @@ class Task:
         for part, sparsity in zip(layer.parts, _sparsities(layer, decision), strict=True):
             weights, stored, indices = part.size, part.size, 0
             if chosen and sparsity > 0:
-                _, weights, stored, indices = part.held(chosen.block, sparsity)
+                weights, stored, indices, _ = part.held(chosen.block, sparsity)
             copies = 2 + self.optimizer_states if part.trained else 1
             held += stored * layer.dtype.itemsize * copies + INDEX_BYTES * indices
             densely = chosen is not None and chosen.estimate.densely
             numbers = part.size if densely else stored
             sparse = chosen is not None
-            flops += sum(use.step_flops(part, numbers, sparse=sparse) for use in layer.uses)
+            flops += sum(part.step_flops(use, numbers, sparse=sparse) for use in layer.uses)
             active += weights
         return Cost(flops, held, active)
 

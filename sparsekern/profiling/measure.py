@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from sparsekern.cost.held import held_bytes
 from sparsekern.cost.memory import peak_bytes
 from sparsekern.cost.step import Loss, clear, forward, training_step
-from sparsekern.cost.timing import synchronize
+from sparsekern.cost.timing import HostClock, synchronize
 from sparsekern.cost.twin import Twin
 from sparsekern.cost.watch import OTHER, Watch
 from sparsekern.profiling.rows import layers_of
@@ -59,11 +58,11 @@ def measured(twin: Twin, loss: Loss, device: torch.device, seconds: float) -> Me
     forwards: list[float] = []
     steps: list[float] = []
     layers: list[dict[str, float]] = []
-    end = time.monotonic() + seconds
+    clock, end = HostClock(device), time.monotonic() + seconds
     while len(steps) < LEAST_ROUNDS or time.monotonic() < end:
         clear(twin)
-        forwards.append(_timed(lambda: forward(twin, loss), device))
-        steps.append(_timed(lambda: training_step(twin, loss), device))
+        forwards.append(clock.once(lambda: forward(twin, loss)))
+        steps.append(clock.once(lambda: training_step(twin, loss)))
         clear(twin)
         layers.append(_by_layer(twin, loss, device))
     return Measured(
@@ -97,14 +96,6 @@ def _by_layer(twin: Twin, loss: Loss, device: torch.device) -> dict[str, float]:
         changed()
     del spent[OTHER]
     return spent
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def _held(twin: Twin) -> int:

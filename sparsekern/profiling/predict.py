@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsekern.cost.examples import Examples
-from sparsekern.cost.flops import StepCount, StepCounter
+from sparsekern.cost.flops import StepCount, StepCounter, as_products
 from sparsekern.cost.memory import Lifetimes
 from sparsekern.cost.step import Loss, clear, forward
 from sparsekern.cost.twin import Twin, copied, weightless
-from sparsekern.errors import ModelError, OptimizerError
-from sparsekern.ops.dispatch import assuming
+from sparsekern.errors import ModelError, OptimizerError, told
+from sparsekern.nn import SparseLayer
+from sparsekern.ops.dispatch import Assumed
 from sparsekern.profiling.rows import Trained, layers_of
 
 
@@ -58,10 +59,11 @@ def predicted(
         OptimizerError: the optimizer can't take a step by itself.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.enable_grad(), assuming(device):
+    with torch.enable_grad():
         try:
             with mode:
-                return _step_of(model, weightless(model, examples, optimizer, mode), loss)
+                twin = weightless(model, examples, optimizer, mode)
+                return _step_of(model, twin, loss, device)
         except (*_ASKED, ModelError) as error:
             asked = error if isinstance(error, _ASKED) else error.__cause__
             if not isinstance(asked, _ASKED):
@@ -72,7 +74,7 @@ def predicted(
                     f"of its tensors; {error}"
                 ) from error
         with torch.random.fork_rng(_cuda(model)):
-            found = _step_of(model, copied(model, examples, optimizer), loss)
+            found = _step_of(model, copied(model, examples, optimizer), loss, device)
         return found._replace(by_running=True)
 
 
@@ -84,8 +86,9 @@ def _cuda(model: nn.Module) -> list[torch.device]:
     return list({p.device for p in model.parameters() if p.is_cuda})
 
 
-def _step_of(model: nn.Module, twin: Twin, loss: Loss) -> Prediction:
+def _step_of(model: nn.Module, twin: Twin, loss: Loss, device: torch.device) -> Prediction:
     twin.model.train()
+    _assume(twin.model, device)
     count = _counted(twin, loss)
     pairs = list(zip(model.parameters(), twin.model.parameters(), strict=True))
     gradients = frozenset(id(parameter) for parameter, own in pairs if own.grad is not None)
@@ -96,15 +99,23 @@ def _step_of(model: nn.Module, twin: Twin, loss: Loss) -> Prediction:
     return Prediction(count, Trained(gradients, known), before, peak, by_running=False)
 
 
+def _assume(model: nn.Module, device: torch.device) -> None:
+    """Let the layers of a copy choose as on `device`; with memory elsewhere, what counts alike."""
+    for layer in model.modules():
+        if not isinstance(layer, SparseLayer) or layer.impl == "masked":
+            continue
+        weightless = isinstance(layer.values, FakeTensor)
+        if weightless or layer.values.device.type == device.type:
+            assumed: Any = Assumed(layer.impl, device)
+            layer.impl = assumed
+        else:
+            layer.impl = "dense" if layer.impl_on(device) == "dense" else None
+
+
 def _counted(twin: Twin, loss: Loss) -> StepCount:
     held = {t.untyped_storage()._cdata for t in (*twin.model.parameters(), *twin.model.buffers())}
     counter = StepCounter(layers_of(twin.model), held)
-    # recurrent layers and attention as products that have a formula
-    with (
-        torch.backends.cudnn.flags(enabled=False),
-        torch.backends.mkldnn.flags(False, None, None, None),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
+    with as_products():
         return counter.step(lambda: forward(twin, loss))
 
 
@@ -139,5 +150,5 @@ def _optimizer_explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     except Exception as error:
         raise OptimizerError(
             f"`optimizer` {type(optimizer).__name__} must take a step by itself, without a "
-            f"closure; it raised {type(error).__name__}: {' '.join(str(error).split())}"
+            f"closure; it raised {told(error)}"
         ) from error

@@ -10,23 +10,17 @@ from torch.nn.parameter import UninitializedParameter
 
 from sparsekern.cost.examples import Examples, arguments, described
 from sparsekern.cost.methods import METHODS, PruningSchedule, method_costs
+from sparsekern.cost.predict import predictor
 from sparsekern.cost.step import Loss, total
 from sparsekern.cost.twin import copied
 from sparsekern.cost.watch import tensors
 from sparsekern.devices import as_device
-from sparsekern.errors import (
-    ConfigError,
-    DeviceError,
-    DtypeError,
-    ModelError,
-    OptimizerError,
-)
+from sparsekern.errors import ConfigError, DeviceError, DtypeError, ModelError, OptimizerError, told
 from sparsekern.methods import Method
-from sparsekern.ops.dispatch import assuming
 from sparsekern.profiling.measure import measured
 from sparsekern.profiling.predict import Prediction, predicted
 from sparsekern.profiling.report import Report
-from sparsekern.profiling.rows import LayerRow, layers_of, rows_of
+from sparsekern.profiling.rows import layers_of, rows_of
 from sparsekern.profiling.seconds import predicted_seconds
 from sparsekern.show.environment import environment
 
@@ -35,6 +29,7 @@ UPDATE_FREQ = 100
 SECONDS = 1.0
 
 
+@torch.inference_mode(False)  # it takes training steps, whatever surrounds it
 def profile(
     model: nn.Module,
     example_inputs: Examples,
@@ -91,8 +86,7 @@ def profile(
     method_costs(1, 1, update_freq=update_freq, pruning=pruning)  # raises before any work
     found = predicted(model, example_inputs, optimizer, _checked(loss), target)
     layers = layers_of(model)
-    with assuming(target):
-        rows = rows_of(model, layers, found.step.layers, found.made)
+    rows = rows_of(model, layers, found.step.layers, found.made, target)
     f_s, f_d = (sum(r.forward_flops for r in rows), sum(r.forward_flops_dense for r in rows))
     costs = method_costs(f_s // samples, f_d // samples, update_freq=update_freq, pruning=pruning)
     report = Report(
@@ -102,7 +96,7 @@ def profile(
         layers=tuple(rows),
         before_bytes=found.before_bytes,
         peak_bytes=found.peak_bytes,
-        seconds=_seconds(rows, layers, found, target),
+        seconds=_seconds(layers, found, target),
         methods=costs,
         method=name,
         update_freq=update_freq,
@@ -136,7 +130,7 @@ def measured_too(
             twin = copied(model, example_inputs, optimizer)
             found = measured(twin, _checked(loss), home, seconds)
     except Exception as error:  # whatever a model raises, the prediction stands
-        return replace(report, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return replace(report, failure=told(error))
     return replace(report, measured=found)
 
 
@@ -234,13 +228,11 @@ def _batch(examples: Examples, batch: int | None) -> int:
 
 
 def _seconds(
-    rows: list[LayerRow], layers: dict[str, nn.Module], found: Prediction, target: torch.device
+    layers: dict[str, nn.Module], found: Prediction, target: torch.device
 ) -> dict[str, float]:
-    times = {}
-    for row in rows:
-        if row.name in layers:
-            count = found.step.layers[row.name]
-            seconds = predicted_seconds(row, layers[row.name], count, target)
-            if seconds is not None:
-                times[row.name] = seconds
-    return times
+    times, gradients = predictor(target), found.made.gradients
+    every = {
+        name: predicted_seconds(name, module, found.step.layers[name], gradients, times, target)
+        for name, module in layers.items()
+    }
+    return {name: seconds for name, seconds in every.items() if seconds is not None}

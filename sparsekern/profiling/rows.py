@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sparsekern.cost.flops import Count
@@ -123,7 +124,11 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def rows_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], counts: Mapping[str, Count], made: Trained
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    counts: Mapping[str, Count],
+    made: Trained,
+    device: torch.device,
 ) -> list[LayerRow]:
     """A row for each layer and one for the rest; a tensor that several hold is the first one's.
 
@@ -132,9 +137,12 @@ def rows_of(
         layers: of `layers_of(model)`.
         counts: of a step, by the layers' names and `OTHER`.
         made: by a step, for the parameters of `model`.
+        device: where the step is to run.
     """
     taken: set[int] = set()
-    rows = [_row(name, module, counts[name], made, taken) for name, module in layers.items()]
+    rows = [
+        _row(name, module, counts[name], made, taken, device) for name, module in layers.items()
+    ]
     held = _held(model, [], made, taken)
     rest = LayerRow(
         name="(other)",
@@ -152,7 +160,14 @@ def rows_of(
     return [*rows, rest] if rest.held_bytes or rest.step_flops or rest.saved_bytes else rows
 
 
-def _row(name: str, module: nn.Module, count: Count, made: Trained, taken: set[int]) -> LayerRow:
+def _row(
+    name: str,
+    module: nn.Module,
+    count: Count,
+    made: Trained,
+    taken: set[int],
+    device: torch.device,
+) -> LayerRow:
     sparse = [m for m in module.modules() if isinstance(m, SparseLayer)]
     dense = _dense_weights(module)
     shapes = [tuple(m.weight.shape) for m in sparse] + [tuple(w.shape) for w in dense]
@@ -169,7 +184,7 @@ def _row(name: str, module: nn.Module, count: Count, made: Trained, taken: set[i
         weights=weights,
         nnz=nnz,
         density=nnz / weights if weights else None,
-        impl="+".join(dict.fromkeys(m.resolved_impl for m in sparse)) or "torch",
+        impl="+".join(dict.fromkeys(m.impl_on(device) for m in sparse)) or "torch",
         held_bytes_dense=held["held_bytes"] - held["index_bytes"] + _spared(missing, made),
         **held,
         **_counted(count),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sparsekern.errors import ConfigError
 
@@ -83,15 +85,38 @@ def write(report: Written, files: Files) -> list[Path]:
     written = []
     for name, path in files.items():
         if path is not None:
-            text: str = getattr(report, f"to_{name}")()
-            special = _is_special(path)
-            fresh = path if special else path.with_name(f".{path.name}.part")
             with _explained(name, path):
-                fresh.write_text(text, encoding="utf-8")
-                if not special:
-                    fresh.replace(path)
+                write_whole(path, getattr(report, f"to_{name}")())
             written.append(path)
     return written
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one step, text as UTF-8: a reader finds the old content or the new one.
+
+    What must not be replaced by a file, like a pipe, is written to as it is.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if _is_special(path):
+        path.write_bytes(data)
+        return
+    fresh = path.resolve()  # a link stays one
+    fresh = fresh.with_name(f".{fresh.name}.{os.getpid()}.part")
+    try:
+        with fresh.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path.resolve())
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure of matplotlib as PNG."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", **options)
+    write_whole(path, drawn.getvalue())
 
 
 def _is_special(path: Path) -> bool:

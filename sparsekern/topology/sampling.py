@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.errors import DtypeError
+from sparsekern.errors import DtypeError, TopologyError
 from sparsekern.topology.blocks import Grid
+
+MAX_ACTIVE = 2**31 - 1
+"""Blocks that int32 index arrays can count."""
 
 
 def check_generator(generator: object) -> None:
@@ -16,6 +19,15 @@ def check_generator(generator: object) -> None:
     if not isinstance(generator, torch.Generator | None):
         raise DtypeError(
             f"`generator` must be None or a torch.Generator; got {type(generator).__name__}"
+        )
+
+
+def check_count(active: int, grid: Grid, where: str = "") -> None:
+    """Raise `TopologyError` if index arrays, which are int32, can't count `active` blocks."""
+    if active > MAX_ACTIVE:
+        raise TopologyError(
+            f"{where}at most {MAX_ACTIVE} blocks can be active; a matrix of {grid.shape} in blocks "
+            f"of {grid.block} would have {active}: take larger blocks, or more sparsity"
         )
 
 

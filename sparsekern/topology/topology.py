@@ -7,18 +7,20 @@ One immutable value object carries the index arrays of a sparse matrix and of it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
+from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
+from sparsekern.topology.build import arrays_at, contains
+from sparsekern.topology.checks import check_compressed, check_topology
+from sparsekern.topology.known import Known, prove, versions_of, vouch
 
-_INT32_MAX = 2**31 - 1
 ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm", "row_order", "col_order")
 
 
@@ -68,6 +70,7 @@ class Topology:
     col_order: Tensor
     groups: int = 1
     taps: int = 1
+    _known: Known | None = field(default=None, init=False)  # stays with the object: never copied
 
     # ---- construction
 
@@ -92,42 +95,13 @@ class Topology:
         Raises:
             TopologyError: a position is out of range, or they are not strictly ascending.
         """
-        grid = Grid.of(shape, block, groups, taps)
-        if positions.dtype != torch.int64 or positions.dim() != 1:
-            raise TopologyError(
-                f"`positions` must be a 1-D int64 tensor; got {positions.dim()}-D {positions.dtype}"
-            )
-        n = positions.numel()
-        if n > _INT32_MAX:
-            raise TopologyError(f"at most {_INT32_MAX} blocks can be active; got {n}")
-        if n and bool((positions[1:] <= positions[:-1]).any()):
-            raise TopologyError("`positions` must be strictly ascending")
-        if n and not 0 <= int(positions[0]) <= int(positions[-1]) < grid.total:
-            raise TopologyError(
-                f"`positions` must lie in [0, {grid.total}); "
-                f"got {int(positions[0])} to {int(positions[-1])}"
-            )
-        rows = torch.div(positions, grid.cols, rounding_mode="floor").to(torch.int32)
-        cols = (positions - rows.long() * grid.cols).to(torch.int32)
-        keys = cols
-        if groups > 1:
-            keys = torch.div(rows, grid.part_blocks[0], rounding_mode="floor") * grid.cols + cols
-        # stable: within a column the blocks stay in row order, so sums have one fixed order
-        perm = torch.argsort(keys, stable=True).to(torch.int32)
-        crow, ccol = _offsets(rows, grid.rows), _offsets(keys, groups * grid.cols)
-        return Topology(
-            shape=grid.shape,
-            block=grid.block,
-            crow=crow,
-            col=cols,
-            ccol=ccol,
-            row=rows[perm.long()],
-            perm=perm,
-            row_order=_longest_first(crow),
-            col_order=_longest_first(ccol),
-            groups=groups,
-            taps=taps,
-        )
+        # index arrays count who writes to them, which inference tensors do not
+        with torch.inference_mode(False):
+            grid = Grid.of(shape, block, groups, taps)
+            arrays = arrays_at(positions, grid)
+        topology = Topology(grid.shape, grid.block, **arrays, groups=groups, taps=taps)
+        vouch(topology)
+        return topology
 
     @staticmethod
     def random(
@@ -151,6 +125,7 @@ class Topology:
         Raises:
             ConfigError: `sparsity` outside [0, 1), `nnzb` out of range, or not exactly one given.
             ShapeError: a block edge is larger than the matrix.
+            TopologyError: more blocks than int32 can count.
             DtypeError: `generator` is no torch.Generator.
         """
         sampling.check_generator(generator)
@@ -159,10 +134,12 @@ class Topology:
             raise ConfigError("give exactly one of `sparsity` and `nnzb`")
         if sparsity is not None:
             target = active_count(grid.shape[0] * grid.shape[1], check_sparsity(sparsity))
+            sampling.check_count(sampling.block_counts(grid, target)[0], grid)
             positions = sampling.sample_blocks(grid, target, generator)
         else:
             if nnzb is None or not 0 <= nnzb <= grid.total:
                 raise ConfigError(f"`nnzb` must lie in [0, {grid.total}]; got {nnzb}")
+            sampling.check_count(nnzb, grid)
             positions = sampling.sample_sorted(nnzb, grid.total, generator)
         topology = Topology.from_positions(positions, shape, block, groups=groups, taps=taps)
         return topology if device is None else topology.to(device)
@@ -202,7 +179,7 @@ class Topology:
         block = (1, 1) if tensor.layout is torch.sparse_csr else tuple(values.shape[1:])
         grid = Grid.of(tensor.shape, (int(block[0]), int(block[1])))
         crow, col = tensor.crow_indices().long(), tensor.col_indices().long()
-        _check_compressed(crow, col, grid.rows, grid.cols, ("crow", "col"))
+        check_compressed(crow, col, grid.rows, grid.cols, ("crow", "col"))
         rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())
         positions = rows * grid.cols + col
         return Topology.from_positions(positions, tensor.shape, grid.block), values.reshape(
@@ -215,6 +192,11 @@ class Topology:
     def arrays(self) -> tuple[Tensor, ...]:
         """The index arrays, in the order of `ARRAY_NAMES`."""
         return tuple(getattr(self, name) for name in ARRAY_NAMES)
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """(rows, cols, bh, bw, groups, taps)."""
+        return *self.shape, *self.block, self.groups, self.taps
 
     @property
     def device(self) -> torch.device:
@@ -292,7 +274,19 @@ class Topology:
 
     def to(self, device: torch.device | str) -> Topology:
         """The same topology with its arrays on `device`."""
-        return self.with_arrays([array.to(device) for array in self.arrays])
+        return self._copied(lambda array: array.to(device))
+
+    def clone(self) -> Topology:
+        """The same topology in memory of its own; a layer's changes with the layer."""
+        return self._copied(torch.clone)
+
+    def _copied(self, copy: Callable[[Tensor], Tensor]) -> Topology:
+        """The same topology, known to be one if this is."""
+        with torch.inference_mode(False):
+            copied = self.with_arrays([copy(array) for array in self.arrays])
+        if self._known is not None and versions_of(self.arrays) == self._known.versions:
+            vouch(copied)
+        return copied
 
     def with_arrays(self, arrays: Sequence[Tensor]) -> Topology:
         """The same matrix, cut alike, with other connections; unchecked, see `validate`."""
@@ -350,7 +344,12 @@ class Topology:
             )
         if self.block == (1, 1):
             return torch.sparse_csr_tensor(
-                self.crow, self.col, values.flatten(), self.shape, check_invariants=True
+                self.crow,
+                self.col,
+                values.flatten(),
+                self.shape,
+                device=self.device,
+                check_invariants=True,
             )
         if self.grid.ragged:
             raise ShapeError(
@@ -358,7 +357,7 @@ class Topology:
                 f"got {self.grid.part}"
             )
         return torch.sparse_bsr_tensor(
-            self.crow, self.col, values, self.shape, check_invariants=True
+            self.crow, self.col, values, self.shape, device=self.device, check_invariants=True
         )
 
     # ---- comparison and checking
@@ -394,6 +393,10 @@ class Topology:
             and torch.equal(self.col, other.col)
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what is known of these tensors does not hold for copies of them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
     __hash__ = None  # type: ignore[assignment]  # tensors inside: use digest()
 
     def __repr__(self) -> str:
@@ -407,70 +410,29 @@ class Topology:
         parts = f", groups={self.groups}, taps={self.taps}" if self.groups * self.taps > 1 else ""
         return f"shape={self.shape}, block={self.block}{parts}"
 
+    def known(self) -> Known | None:
+        """What kernels may take for granted; validates the arrays unless that was done.
+
+        An array that was written to since is validated again. None if there is no memory to check
+        (meta and fake tensors) or torch does not count the writes (inference tensors).
+
+        Raises:
+            TopologyError: as `validate` does.
+        """
+        known = self._known
+        if known is not None and versions_of(known.arrays) == known.versions:
+            return known
+        return prove(self)
+
     def validate(self) -> Topology:
-        """Check range, order, duplicates and that `perm` inverts the transpose; return self.
+        """Check kind, range, order, duplicates and that `perm` inverts the transpose; return self.
 
         Raises:
             TopologyError: naming the array and what is wrong with it.
         """
-        grid = Grid.of(self.shape, self.block, self.groups, self.taps)
-        for name, array in zip(ARRAY_NAMES, self.arrays, strict=True):
-            if array.dtype != torch.int32 or array.dim() != 1:
-                raise TopologyError(
-                    f"`{name}` must be a 1-D int32 tensor; got {array.dim()}-D {array.dtype}"
-                )
-        _check_compressed(self.crow, self.col, grid.rows, grid.cols, ("crow", "col"))
-        _check_compressed(self.ccol, self.row, grid.groups * grid.cols, grid.rows, ("ccol", "row"))
-        rebuilt = self.with_positions(self.positions())
-        for name in ARRAY_NAMES[2:]:
-            if not torch.equal(getattr(self, name), getattr(rebuilt, name)):
-                raise TopologyError(f"`{name}` does not follow from `crow` and `col`")
+        check_topology(self, ARRAY_NAMES)
         return self
 
     def _check_dense(self, dense: Tensor) -> None:
         if tuple(dense.shape) != self.shape:
             raise ShapeError(f"dense tensor must have shape {self.shape}; got {tuple(dense.shape)}")
-
-
-def contains(haystack: Tensor, needles: Tensor) -> Tensor:
-    """For each needle, whether the ascending `haystack` holds it (bool, shape of `needles`)."""
-    if not haystack.numel():
-        return torch.zeros_like(needles, dtype=torch.bool)
-    at = torch.searchsorted(haystack, needles).clamp_(max=haystack.numel() - 1)
-    return haystack[at] == needles
-
-
-def _offsets(indices: Tensor, n: int) -> Tensor:
-    offsets = torch.zeros(n + 1, dtype=torch.int32, device=indices.device)
-    offsets[1:] = torch.bincount(indices, minlength=n).cumsum(0)
-    return offsets
-
-
-def _longest_first(offsets: Tensor) -> Tensor:
-    return torch.argsort(offsets.diff(), descending=True, stable=True).to(torch.int32)
-
-
-def _check_compressed(
-    offsets: Tensor, indices: Tensor, n: int, bound: int, names: tuple[str, str]
-) -> None:
-    """Check one compressed index pair: lengths, monotone offsets, indices ascending per row."""
-    outer, inner = names
-    if offsets.numel() != n + 1:
-        raise TopologyError(f"`{outer}` must have {n + 1} entries; got {offsets.numel()}")
-    if int(offsets[0]) != 0 or int(offsets[-1]) != indices.numel():
-        raise TopologyError(
-            f"`{outer}` must run from 0 to {indices.numel()}; "
-            f"got {int(offsets[0])} to {int(offsets[-1])}"
-        )
-    counts = offsets.long().diff()
-    if bool((counts < 0).any()):
-        raise TopologyError(f"`{outer}` must not decrease")
-    if not indices.numel():
-        return
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= bound:
-        raise TopologyError(f"`{inner}` must lie in [0, {bound}); got {low} to {high}")
-    outer_index = torch.repeat_interleave(counts, output_size=indices.numel())
-    flat = outer_index * bound + indices
-    if bool((flat[1:] <= flat[:-1]).any()):
-        raise TopologyError(f"`{inner}` must ascend without duplicates within each row")

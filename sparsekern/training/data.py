@@ -18,7 +18,7 @@ from sparsekern.training.idx import read_idx
 DATASETS = ("digits", "fashion-mnist", "text")
 """Names that `load` knows."""
 
-DEMO_EXTRA = 'pip install "sparsekern[demo]"'
+DEMO_EXTRA = 'pip install "sparsekern[cpu,demo]"'
 CLASSES = 10
 BYTES = 256
 """Tokens that a text can hold."""
@@ -165,10 +165,10 @@ def load_digits(test_share: float = 0.2, seed: int = 0) -> Images:
     x = torch.from_numpy(np.asarray(images, dtype=np.float32) / 16)
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
     generator = torch.Generator().manual_seed(seed)
-    held_out = torch.zeros(len(y), dtype=torch.bool)
+    held_out = torch.zeros(len(y), dtype=torch.bool, device="cpu")
     for label in range(CLASSES):
         members = (y == label).nonzero()[:, 0]
-        shuffled = members[torch.randperm(len(members), generator=generator)]
+        shuffled = members[torch.randperm(len(members), generator=generator, device="cpu")]
         held_out[shuffled[: round(test_share * len(members))]] = True
     x = x.view(-1, 8, 8)
     return _images("digits", (x[~held_out], x[held_out]), (y[~held_out], y[held_out]))
@@ -237,7 +237,7 @@ def batches(data: Dataset, size: int, seed: int) -> Iterator[tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(seed)
     samples = len(data.train_y)
     while True:
-        order = torch.randperm(samples, generator=generator).to(data.train_y.device)
+        order = torch.randperm(samples, generator=generator, device="cpu").to(data.train_y.device)
         for chosen in torch.split(order[: samples // size * size], size):
             yield for_model(data.train_x[chosen]), for_model(data.train_y[chosen])
 

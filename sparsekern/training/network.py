@@ -66,7 +66,7 @@ def first_layer_connections(model: nn.Module, data: Dataset) -> Tensor | None:
         return None
     if isinstance(first, SparseLayer):
         return first.mask().sum(0).cpu()
-    return torch.full((first.in_features,), first.out_features)
+    return torch.full((first.in_features,), first.out_features, device="cpu")
 
 
 def _fully_connected(widths: tuple[int, ...]) -> nn.Module:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, UnavailableError
+from sparsekern.show.output_files import write_figure
 from sparsekern.training.data import DEMO_EXTRA
 from sparsekern.training.trainer import RunResult
-
-if TYPE_CHECKING:
-    pass
 
 _NAMES = {"rigl": "RigL", "set": "SET", "static": "Static", "dense": "Dense"}
 
@@ -63,7 +61,7 @@ def draw(results: Sequence[RunResult], average: Tensor, path: Path, subtitle: st
     for panel in panels:
         panel.set_xticks([])
         panel.set_yticks([])
-    figure.savefig(path, format="png")
+    write_figure(figure, path)
 
 
 def mean_connections(

@@ -14,6 +14,8 @@ import torch
 from sparsekern.cost.run_flops import FLOP_CONVENTION
 from sparsekern.cost.timing import StepTime
 from sparsekern.show.environment import environment
+from sparsekern.show.output_files import write_whole
+from sparsekern.show.tables import aligned
 from sparsekern.training.config import DENSE, TrainConfig
 from sparsekern.training.trainer import RunResult
 
@@ -138,14 +140,7 @@ def table(comparison: Comparison) -> str:
     measure = "accuracy %" if comparison.unigram_entropy is None else "bits/char"
     head = [("", *_HEAD), ("method", measure, *_HEAD_2)]
     lines = [*head, *(_cells(row) for row in rows(comparison))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    text = aligned(lines)
     rule = "-" * max(len(line) for line in text)
     return "\n".join([*text[:2], rule, *text[2:], "", *_notes(comparison)])
 
@@ -229,7 +224,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 def write_json(comparison: Comparison, path: Path) -> None:
     """Write `to_json` to a file; numbers that JSON does not know can't occur in it."""
     text = json.dumps(to_json(comparison), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
 
 
 def _spread(numbers: Sequence[float]) -> float | None:

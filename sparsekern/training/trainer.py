@@ -209,7 +209,7 @@ class Trainer:
         per_epoch = self.steps // self.config.epochs
         losses: list[float] = []
         updates: list[_UpdateStep] = []
-        total = torch.zeros((), device=self.config.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.config.device)
         while self.done < self.steps:
             done, known, began = self.done, self._updates(), time.perf_counter()
             due = self.method is not None and self.method.due

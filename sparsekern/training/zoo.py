@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.cost.modes import evaluating
-from sparsekern.errors import ConfigError
+from sparsekern.errors import ConfigError, told
 from sparsekern.training.data import Dataset, Images, for_model
 
 ZOO = "sparsekern.models"
@@ -34,7 +34,7 @@ def find(spec: str) -> Callable[..., nn.Module]:
             found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise ConfigError(
-            f"`model` {spec!r}: expected {module}:{name} to import; got {_told(error)}"
+            f"`model` {spec!r}: expected {module}:{name} to import; got {told(error)}"
             f"{_advice(module)}"
         ) from error
     if not callable(found):
@@ -70,7 +70,7 @@ def make(spec: str, data: Dataset) -> nn.Module:
     try:
         model = function(**given)
     except Exception as error:
-        raise ConfigError(f"`model` {called} failed: {_told(error)}") from error
+        raise ConfigError(f"`model` {called} failed: {told(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` {called} must return an nn.Module; got {type(model).__name__}")
     _check_fits(model, called, data)
@@ -94,7 +94,7 @@ def _check_fits(model: nn.Module, called: str, data: Dataset) -> None:
     except Exception as error:
         raise ConfigError(
             f"`model` {called} must take {x.dtype} of shape {tuple(x.shape)}, one "
-            f"{data.sample} of {data.name}; got {_told(error)}"
+            f"{data.sample} of {data.name}; got {told(error)}"
         ) from error
     if not isinstance(y, Tensor) or tuple(y.shape) != expected:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -109,11 +109,6 @@ def _parameters(function: Callable[..., nn.Module]) -> frozenset[str]:
         return frozenset(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # some built-in callables have none to show
         return frozenset()
-
-
-def _told(error: BaseException) -> str:
-    """An error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _advice(module: str) -> str:

@@ -13,174 +13,83 @@ not is reported and never timed. Events, besides what `processes` needs to know 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from sparsekern.errors import ConfigError, SparseKernError
-from sparsekern.kernels import tables
+from sparsekern.cost.timing import clock_of, turns
+from sparsekern.errors import ConfigError, SparseKernError, told
 from sparsekern.kernels.bsr_grow import bsr_grow
 from sparsekern.kernels.launch import arch_class
 from sparsekern.kernels.tables import Config, Key
 from sparsekern.ops import triton
-from sparsekern.topology import Topology
-from sparsekern.topology.blocks import Grid, tiles_of
+from sparsekern.tuning.entries import is_read, launching
 from sparsekern.tuning.job import Job
 from sparsekern.tuning.problems import Problem
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-}
+from sparsekern.tuning.trial import (
+    Operands,
+    Shape,
+    block_norms,
+    difference,
+    expected,
+    operands,
+    poisoned,
+    precision,
+    random_topology,
+)
 
 Event = Mapping[str, Any]
 
-# written before every timed call: several times any L2 cache, and for longer than the host takes
-# to launch a kernel, so that the GPU never waits for Python
-_FLUSH_BYTES = 1 << 30
 _WARM_UP = 3
-
-
-class _Operands(NamedTuple):
-    x: Tensor
-    dy: Tensor
-    values: Tensor
+_HIGHEST = 2
+"""Of the integers: so small that a block's sum of magnitudes is exact in fp32 as well."""
 
 
 class Case:
     """One operation on one problem: integers to check it on, random floats to time it on."""
 
     def __init__(self, op: str, problem: Problem, device: torch.device) -> None:
-        self.op = op.removeprefix("csr_")
-        self.problem, self.device = problem, device
-        self._generator = torch.Generator(device).manual_seed(0)
-        self.topology = Topology.random(
-            (problem.rows, problem.cols),
-            problem.block,
-            sparsity=1 - problem.density,
-            generator=torch.Generator().manual_seed(0),
-            device=device,
-        )
-        self.integers = self._operands(integers=True)
-        self.floats = self._operands(integers=False)
-        self.expected = self._expected(*(a.double() for a in self.integers))
+        self.op, self.problem = op.removeprefix("csr_"), problem
+        generator = torch.Generator(device).manual_seed(0)
+        shape, block = Shape(problem.tokens, problem.cols, problem.rows), (problem.block,) * 2
+        topology = random_topology(shape, block, problem.density, device)
+        self.floats = operands(shape, topology, problem.dtype, problem.density, generator)
+        self.integers = self.floats.with_integers(generator, _HIGHEST)
+        self.expected = self._expected()
 
-    def _operands(self, *, integers: bool) -> _Operands:
-        p = self.problem
-        sizes = (p.tokens, p.cols), (p.tokens, p.rows), (p.rows, p.cols)
-        x, dy, w = (self._random(size, integers).to(DTYPES[p.dtype]) for size in sizes)
-        return _Operands(x, dy, self.topology.pack(w))
-
-    def _random(self, size: tuple[int, int], integers: bool) -> Tensor:
-        options: Any = {"generator": self._generator, "device": self.device}
-        if integers:  # so small that a block's sum of magnitudes is exact in fp32 as well
-            return torch.randint(-2, 3, size, **options)
-        return torch.randn(size, **options)
-
-    def _expected(self, x: Tensor, dy: Tensor, values: Tensor) -> Tensor:
+    def _expected(self) -> Tensor:
         """By dense products; rounded once, as the kernels round their exact sums."""
-        dtype = DTYPES[self.problem.dtype]
-        if self.op == "spmm":
-            return (x @ self.topology.unpack(values).T).to(dtype)
-        if self.op == "spmm_t":
-            return (dy @ self.topology.unpack(values)).to(dtype)
-        dw = dy.T @ x
-        if self.op == "sddmm":
-            return self.topology.pack(dw).to(dtype)
-        tiles = tiles_of(dw, Grid.of(self.topology.shape, self.topology.block))
-        return tiles.abs().sum((1, 3)).float()
+        o = self.integers
+        if self.op == "grow":
+            block = o.topology.block
+            return block_norms(o.dy.double().T @ o.x.double(), block, "l1").float()
+        return expected(_OPERATIONS[self.op], o).value.to(o.x.dtype)
 
-    def run(self, operands: _Operands) -> Tensor:
+    def run(self, o: Operands) -> Tensor:
         """Launch the kernel."""
-        x, dy, values = operands
         if self.op == "spmm":
-            return triton.spmm(x, values, self.topology, None)
+            return triton.spmm(o.x, o.values, o.topology, None)
         if self.op == "spmm_t":
-            return triton.spmm_t(dy, values, self.topology)
+            return triton.spmm_t(o.dy, o.values, o.topology)
         if self.op == "sddmm":
-            return triton.sddmm(dy, x, self.topology)
-        return bsr_grow(dy, x, self.topology.block)
+            return triton.sddmm(o.dy, o.x, o.topology)
+        return bsr_grow(o.dy, o.x, o.topology.block).flatten()
 
     def check(self) -> str | None:
         """What is wrong with the result, or None."""
-        with _poisoned():
+        with poisoned():
             result = self.run(self.integers)
-        if torch.equal(result, self.expected):
-            return None
-        wrong = int((result != self.expected).sum())
-        return f"wrong result: {wrong} of {result.numel()} numbers differ from the dense product"
+        wrong = difference(result, self.expected)
+        return f"wrong result: {wrong}" if wrong else None
 
 
-@contextmanager
-def _poisoned() -> Iterator[None]:
-    """Fill fresh memory with NaN, so that what a kernel forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-@contextmanager
-def _products_of(kind: str) -> Iterator[None]:
-    """Set what float32 products mean."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if kind == "ieee" else "high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _descriptors_only_if_asked(arch: str, key: Key) -> Iterator[None]:
-    """Take the tma entry away while its pointer twin is measured: it would be launched instead."""
-    entries, tma = tables.table(arch), key._replace(loads="tma")
-    taken = entries.pop(tma, None) if key.loads == "pointer" else None
-    try:
-        yield
-    finally:
-        if taken is not None:
-            entries[tma] = taken
-        tables.find.cache_clear()
-
-
-class Stopwatch:
-    """Seconds of a call with cold caches: by CUDA events, or by the clock on the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-            self.start, self.end = _event(), _event()
-
-    def time(self, case: Case) -> float:
-        """One launch on the floats."""
-        if not self.cuda:
-            begin = time.perf_counter()
-            case.run(case.floats)
-            return time.perf_counter() - begin
-        self.flush.zero_()
-        self.start.record()
-        case.run(case.floats)
-        self.end.record()
-        self.end.synchronize()
-        return float(self.start.elapsed_time(self.end)) / 1e3
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+_OPERATIONS = {"spmm": "forward", "spmm_t": "dx", "sddmm": "dw"}
 
 
 def run(job: Job) -> Iterator[Event]:
@@ -191,14 +100,14 @@ def run(job: Job) -> Iterator[Event]:
     """
     device = torch.device("cpu" if job.dry_run else "cuda")
     arch = arch_class(device)
-    with _products_of(job.key.kind), _descriptors_only_if_asked(arch, job.key):
+    with precision("fp32" if job.key.kind == "ieee" else "tf32"):
         cases = [Case(job.key.op, problem, device) for problem in job.problems]
         for case in cases:
             _require_lookup(case, arch, job.key)
         right = {}
         for index, config in job.configs.items():
             yield {"event": "begin", "index": index}
-            with tables.overridden(arch, {job.key: config}):
+            with launching(arch, job.key, config):
                 error = _error(cases)
             yield {"event": "checked", "index": index, "error": error}
             if device.type == "cuda":
@@ -206,18 +115,16 @@ def run(job: Job) -> Iterator[Event]:
             if error is None:
                 right[index] = config
         if right:
-            yield from _time(job, arch, cases, right)
+            yield from _time(job, device, cases, right)
     yield {"event": "done"}
 
 
 def _require_lookup(case: Case, arch: str, key: Key) -> None:
-    """Make sure that it is the key's entry that decides: without fields it must be missed."""
-    with tables.overridden(arch, {key: cast(Config, object())}):
-        try:
-            case.run(case.integers)
-        except AttributeError:
-            return
-    raise ConfigError(f"expected a problem that launches with the entry {key}; got {case.problem}")
+    """Make sure that it is the key's entry that decides."""
+    if not is_read(arch, key, lambda: case.run(case.integers)):
+        raise ConfigError(
+            f"expected a problem that launches with the entry {key}; got {case.problem}"
+        )
 
 
 def _error(cases: list[Case]) -> str | None:
@@ -225,29 +132,29 @@ def _error(cases: list[Case]) -> str | None:
         try:
             wrong = case.check()
         except Exception as error:  # reported; the next candidate goes on
-            lines = str(error).splitlines() or [""]
-            return f"{type(error).__name__}: {lines[0]}"[:200]
+            return told(error)[:200]
         if wrong is not None:
             return wrong
     return None
 
 
-def _time(job: Job, arch: str, cases: list[Case], right: Mapping[int, Config]) -> Iterator[Event]:
-    """Every configuration once a round, the reference twice, each round from another one on."""
-    watch, reference = Stopwatch(cases[0].device), next(iter(right))
+def _time(
+    job: Job, device: torch.device, cases: list[Case], right: Mapping[int, Config]
+) -> Iterator[Event]:
+    """Every configuration once a round, the reference twice."""
+    arch = arch_class(device)
+    clock, reference = clock_of(device), next(iter(right))
     warm_up = 0 if job.dry_run else _WARM_UP
     slots = [-1, *right]  # -1 is the reference's twin
     seconds: dict[int, list[list[float]]] = {slot: [[] for _ in cases] for slot in slots}
-    for turn in range(-warm_up, job.rounds):
-        first = turn % len(slots)
-        for slot in slots[first:] + slots[:first]:
-            index = reference if slot == -1 else slot
-            yield {"event": "begin", "index": index}
-            with tables.overridden(arch, {job.key: right[index]}):
-                for case, kept in zip(cases, seconds[slot], strict=True):
-                    taken = watch.time(case)
-                    if turn >= 0:
-                        kept.append(taken)
+    for turn, slot in turns(slots, job.rounds, warm_up):
+        index = reference if slot == -1 else slot
+        yield {"event": "begin", "index": index}
+        with launching(arch, job.key, right[index]):
+            for case, kept in zip(cases, seconds[slot], strict=True):
+                taken = clock.once(functools.partial(case.run, case.floats))
+                if turn >= 0:
+                    kept.append(taken)
     twin = seconds.pop(-1)
     yield {"event": "times", "reference": reference, "twin": twin, "times": seconds}
 

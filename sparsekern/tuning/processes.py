@@ -18,15 +18,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import sparsekern
+from sparsekern.show.environment import ROOT
 from sparsekern.tuning.job import Job
 from sparsekern.tuning.verdict import Times
 
 WORKER = (sys.executable, "-m", "sparsekern.tuning.measure")
+REAP_SECONDS = 15
+"""A process with a kernel in flight is slow to die."""
 STALL_SECONDS = 180.0
 """Longest silence of a process: a candidate takes seconds to compile, a hanging one all day."""
 
@@ -57,9 +58,19 @@ class Outcome:
 
 
 class Worker:
-    """A measuring process, and what it says."""
+    """A process that writes events to stdout, a JSON object a line; it is to be closed.
 
-    def __init__(self, command: Sequence[str], *, dry_run: bool) -> None:
+    Args:
+        command: starts it.
+        dry_run: whether Triton interprets there; None: as here.
+
+    Attributes:
+        code: its exit code, once it has ended.
+    """
+
+    def __init__(self, command: Sequence[str], *, dry_run: bool | None = None) -> None:
+        self.code: int | None = None
+        self._reason = ""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
         self._process = subprocess.Popen(  # noqa: S603  this interpreter, fixed arguments
             list(command),
@@ -75,12 +86,12 @@ class Worker:
         )
         thread.start()
 
-    def send(self, job: Job) -> None:
-        """Hand it a job; one that is dead already is noticed when it does not answer."""
+    def send(self, line: str) -> None:
+        """Hand it a line; one that is dead already is noticed when it does not answer."""
         stdin = self._process.stdin
         if stdin is not None:
             with suppress(BrokenPipeError):
-                stdin.write(job.to_json() + "\n")
+                stdin.write(line + "\n")
                 stdin.flush()
 
     def events(self, stall: float, deadline: float) -> Iterator[dict[str, Any]]:
@@ -97,14 +108,19 @@ class Worker:
             except queue.Empty:
                 raise (OutOfTime if left <= stall else TimeoutError) from None
             if line is None:
-                self._process.wait()  # else `end` might come before its own exit code
+                # else `end` might come before its own exit code
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(REAP_SECONDS)
                 return
             yield json.loads(line)
 
     def end(self) -> str:
-        """End it; returns its exit code and last words."""
+        """End it, if it is there still; returns its exit code and last words."""
+        if self._said.closed:
+            return self._reason
         self._process.kill()
-        code = self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.code = self._process.wait(REAP_SECONDS)
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):  # what was left in the buffer
                 self._process.stdin.close()
@@ -113,7 +129,10 @@ class Worker:
             text = self._said.read().decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         last = lines[-1][:300] if lines else "nothing on stderr"
-        return f"the process ended with code {code}: {last}"
+        self._reason = f"the process ended with code {self.code}: {last}"
+        return self._reason
+
+    close = end
 
 
 @dataclass
@@ -171,7 +190,7 @@ class Runner:
         """(configuration at work, how the process failed); (None, None) for a finished job."""
         if self._worker is None:
             self._worker = Worker(self.command, dry_run=job.dry_run)
-        self._worker.send(job)
+        self._worker.send(job.to_json())
         culprit, handled = None, set(outcome.errors)
         try:
             for event in self._worker.events(self.stall, self.deadline):
@@ -205,13 +224,14 @@ class Runner:
 def _read(lines: IO[str], into: queue.Queue[str | None]) -> None:
     with lines:
         for line in lines:
-            into.put(line)
+            if line.startswith("{"):  # libraries may print there, too
+                into.put(line)
     into.put(None)
 
 
-def _environment(*, dry_run: bool) -> dict[str, str]:
+def _environment(*, dry_run: bool | None) -> dict[str, str]:
     """This environment, in which the child finds the same package."""
-    root = str(Path(sparsekern.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    found = os.environ | {"PYTHONPATH": path}
     # read when a kernel is decorated, so it must be there before anything is imported
-    return os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1" if dry_run else "0"}
+    return found if dry_run is None else found | {"TRITON_INTERPRET": "1" if dry_run else "0"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 
 from sparsekern.errors import ConfigError
 from sparsekern.kernels.tables import Config, Key, read
+from sparsekern.show.output_files import write_whole
 from sparsekern.tuning.problems import Problem
 
 
@@ -92,19 +92,13 @@ class TableFile:
         )
 
     def _write(self) -> None:
-        """In one step: a reader finds the old table or the new one."""
         head = {"arch": self.machine.arch, "source": self.source}
         head |= {k: v for k, v in asdict(self.machine).items() if k != "arch"}
         rows = sorted((str(key), config._asdict()) for key, config in self.entries.items())
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
         lines += _section("entries", dict(rows), ",")
         lines += _section("measured", dict(sorted(self.measured.items())), "")
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text("\n".join(["{", *lines, "}"]) + "\n")
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(self.path, "\n".join(["{", *lines, "}"]) + "\n")
 
 
 def _section(name: str, rows: Mapping[str, Any], end: str) -> list[str]:

@@ -6,12 +6,8 @@ from typing import Any, NamedTuple
 from aot.compiler import Built, build, instructions
 
 from sparsekern.kernels import tables
-from sparsekern.kernels.bsr_conv2d import (
-    TAPS_AT_ONCE,
-    _bsr_conv2d_dgrad_kernel,
-    _bsr_conv2d_kernel,
-    window_options,
-)
+from sparsekern.kernels.bsr_conv2d import _bsr_conv2d_kernel
+from sparsekern.kernels.bsr_conv2d_dgrad import TAPS_AT_ONCE, _bsr_conv2d_dgrad_kernel
 from sparsekern.kernels.bsr_conv2d_wgrad import _bsr_conv2d_wgrad_kernel
 from sparsekern.kernels.bsr_grow import _bsr_grow_kernel
 from sparsekern.kernels.bsr_sddmm import _TMA_EDGE as TMA_EDGE
@@ -23,7 +19,7 @@ from sparsekern.kernels.csr_conv2d_wgrad import _csr_conv2d_wgrad_kernel
 from sparsekern.kernels.csr_sddmm import _csr_sddmm_kernel
 from sparsekern.kernels.csr_spmm import _csr_spmm_kernel
 from sparsekern.kernels.launch import BLOCK_EDGES
-from sparsekern.kernels.window import Window
+from sparsekern.kernels.window import Window, window_options
 
 ARCHES = {"sm80": 80, "sm90": 90, "sm100": 100}
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}

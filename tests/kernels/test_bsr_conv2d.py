@@ -20,7 +20,8 @@ from kernel_cases import DTYPES, assert_exact, assert_loads_are_filled, assert_w
 
 from sparsekern.kernels import bsr_conv2d as module
 from sparsekern.kernels import launch
-from sparsekern.kernels.bsr_conv2d import bsr_conv2d, bsr_conv2d_dgrad
+from sparsekern.kernels.bsr_conv2d import bsr_conv2d
+from sparsekern.kernels.bsr_conv2d_dgrad import bsr_conv2d_dgrad
 from sparsekern.topology import Topology
 
 

@@ -16,7 +16,14 @@ from conv_problems import (
 )
 from support import UNIT_ROUNDOFF
 
-from sparsekern.kernels import bsr_conv2d, bsr_conv2d_wgrad, csr_conv2d, csr_conv2d_wgrad, launch
+from sparsekern.kernels import (
+    bsr_conv2d,
+    bsr_conv2d_dgrad,
+    bsr_conv2d_wgrad,
+    csr_conv2d,
+    csr_conv2d_wgrad,
+    launch,
+)
 
 
 class Problem(NamedTuple):
@@ -50,7 +57,7 @@ def got(p, what, o, **more):
         run = csr_conv2d.csr_conv2d if csr else bsr_conv2d.bsr_conv2d
         return run(o.x, o.values, *o.pattern.forward, o.bias, case.n_out, case.window)
     if what == "dx":
-        run = csr_conv2d.csr_conv2d_dgrad if csr else bsr_conv2d.bsr_conv2d_dgrad
+        run = csr_conv2d.csr_conv2d_dgrad if csr else bsr_conv2d_dgrad.bsr_conv2d_dgrad
         sizes = case.n_in, case.size, case.window
         return run(o.dy, o.values, *o.pattern.transposed, *sizes, **more)
     if csr:
@@ -202,15 +209,27 @@ CSR_PARTS = csr(PARTS, 3, 4)._replace(case=csr(PARTS, 3, 4).case._replace(batch=
 
 KILLERS = {
     "bsr_conv2d": [
-        *((right, p, w) for p in (TINY, MIXED, MIXED_HALF, TURN_HALF) for w in ("y", "dx")),
-        (right, SPARSE_PHASES, "dx"),
-        *((right, p, w) for p in (POINT, EMPTY, NOTHING, MANY_TAPS) for w in ("y", "dx")),
-        (turned, TINY, "dx"),
-        *((check, COPIED, w) for check in (right, chunked) for w in ("y", "dx")),
+        *((right, p, "y") for p in (TINY, MIXED, MIXED_HALF, TURN_HALF)),
+        *((right, p, "y") for p in (POINT, EMPTY, NOTHING, MANY_TAPS)),
+        *((check, COPIED, "y") for check in (right, chunked)),
         (whole, COPIED._replace(case=COPIED.case._replace(layout="nhwc")), "y"),
         (by_pairs, COPIED, "y"),
-        *((chunked, COPIED_BACK, w) for w in ("y", "dx")),
-        *((right, p, w) for p in (LONG, ROUGH, ROUGH_HALF) for w in ("y", "dx")),
+        (chunked, COPIED_BACK, "y"),
+        *((right, p, "y") for p in (LONG, ROUGH, ROUGH_HALF)),
+    ],
+    "bsr_conv2d_dgrad": [
+        *((right, p, "dx") for p in (TINY, MIXED, MIXED_HALF, TURN_HALF, SPARSE_PHASES)),
+        *((right, p, "dx") for p in (POINT, EMPTY, NOTHING, MANY_TAPS)),
+        (turned, TINY, "dx"),
+        *((check, COPIED, "dx") for check in (right, chunked)),
+        (chunked, COPIED_BACK, "dx"),
+        *((right, p, "dx") for p in (LONG, ROUGH, ROUGH_HALF)),
+    ],
+    "pixels": [
+        *((right, p, w) for p in (TINY, MIXED, CSR_TINY, CSR_MIXED) for w in ("y", "dx", "dw")),
+        *((right, p, "dx") for p in (SPARSE_PHASES, csr(SPARSE_PHASES, 3, 4))),
+        *((right, p, w) for p in (MANY_TAPS, LONG) for w in ("y", "dx")),
+        *((right, p, "dw") for p in (PARTS, PARTS_ODD, CSR_PARTS)),
     ],
     "bsr_conv2d_wgrad": [
         *((right, p, "dw") for p in (TINY, MIXED, MIXED_HALF, TURN_HALF, POINT, EMPTY, NOTHING)),

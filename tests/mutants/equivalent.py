@@ -84,7 +84,7 @@ EQUIVALENT = (
         NOT_LOADED,
     ),
     Equivalent(
-        "_launch",
+        "_cut",
         "condition dropped",
         "x.shape[1] % reduce == 0 and reduce * x.element_size() >= _TMA_ROW_BYTES "
         "and tma_fits(x, values.view(-1, bw), y)",
@@ -92,7 +92,7 @@ EQUIVALENT = (
         CHOICE,
     ),
     Equivalent(
-        "_launch",
+        "_cut",
         "comparison",
         "reduce * x.element_size() >= _TMA_ROW_BYTES",
         None,
@@ -136,7 +136,7 @@ EQUIVALENT = (
     Equivalent(
         "bsr_sddmm", "constant", "0", "1", "a block has 256 elements at least", "dw.numel() > 0"
     ),
-    Equivalent("_plan", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
+    Equivalent("_cut", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
     # bsr_grow
     Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
     Equivalent("bsr_sddmm", "comparison", "out.dtype != torch.float64", None, CHOICE),
@@ -275,7 +275,7 @@ EQUIVALENT = (
         Equivalent(wgrad, "constant", "1", "0", CHOICE, "dw.sum(0)")
         for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
     ),
-    Equivalent("bsr_conv2d_wgrad", "name swapped", "max", "min", CHOICE, "find("),
+    Equivalent("_options", "name swapped", "max", "min", CHOICE, "find("),
     *(
         Equivalent(
             wgrad,
@@ -365,6 +365,21 @@ EQUIVALENT = (
         "tokens lie side by side: their stride is 0 or 1",
     ),
     Equivalent("_launch", "name swapped", "max", "min", "only bounds the memory of a chunk"),
+    Equivalent("_launch", "comparison", "chunk >= M", None, CHOICE),
+    Equivalent(
+        "_launch",
+        "branch fixed",
+        "(x, y) if chunk >= M else (x[m:m + chunk], y[m:m + chunk])",
+        None,
+        CHOICE,
+    ),
     Equivalent("_launch", "branch fixed", "index if perm is None else perm", "perm", NEVER_READ),
-    Equivalent("_launch", "branch fixed", "x if bias is None else bias", "bias", NEVER_READ),
+    *(
+        Equivalent(launcher, "branch fixed", "x if bias is None else bias", "bias", NEVER_READ)
+        for launcher in ("_launch", "bsr_conv2d", "csr_conv2d")
+    ),
+    *(
+        Equivalent(launcher, "constant", "0", "1", NEVER_READ, "0 if bias is None")
+        for launcher in ("_launch", "bsr_conv2d", "csr_conv2d")
+    ),
 )

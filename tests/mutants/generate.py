@@ -21,7 +21,7 @@ FOLDER = Path(kernels.__file__).parent
 _TUNING = ("num_warps", "num_stages", "enable_fp_fusion", "input_precision", "PRECISION")
 _HINTS = ("tl.max_contiguous", "tl.multiple_of", "tl.assume")
 # functions that decide nothing in the interpreter
-_COMPILED_ONLY = ("_resident",)
+_COMPILED_ONLY = ("_key", "_launch_resident", "_ring_kb")
 _ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod}
 _COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 _ARITHMETIC[ast.Mod] = ast.FloorDiv
@@ -281,7 +281,7 @@ def swapped_in(right, wrong):
     functions = {
         id(f): getattr(wrong, name)
         for name, f in vars(right).items()
-        if callable(f) and getattr(f, "__module__", None) == right.__name__
+        if callable(f) and getattr(getattr(f, "fn", f), "__module__", None) == right.__name__
     }
     taken = []
     for name, module in list(sys.modules.items()):

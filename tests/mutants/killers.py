@@ -24,7 +24,10 @@ GROW_IMPL = {"impl": "triton"} if "impl" in inspect.signature(ops.grow_scores).p
 
 
 class Problem(NamedTuple):
-    """Sizes, block, and how the operands lie in memory; `fill` is the share of active blocks."""
+    """Sizes, block, and how the operands lie in memory; `fill` is the share of active blocks.
+
+    "whole" is "plain" with NaN in what lies beyond the matrix.
+    """
 
     block: int | tuple[int, int]
     tokens: int
@@ -42,7 +45,7 @@ class Problem(NamedTuple):
 def laid_out(a, layout):
     """The matrix in another layout, NaN around and between its entries."""
     m, k = a.shape
-    if layout == "plain":
+    if layout in ("plain", "whole"):
         return a.contiguous()
     if layout == "col":
         return laid_out(a.t(), "row").t()
@@ -245,6 +248,7 @@ ENDED = Problem(16, 5, 48, 48, open_end=True)
 ENDED_TMA = Problem(64, 5, 192, 192, HALF, "plain", open_end=True)
 OBLONG = Problem((64, 32), 20, 128, 128, HALF, "plain")
 EMPTY = Problem(16, 3, 32, 32, fill=0.0)
+CUT = Problem(64, 20, 128, 120, HALF, "whole")  # descriptors would fit, but not mask the last block
 
 KILLERS = {
     "bsr_spmm": [
@@ -252,6 +256,7 @@ KILLERS = {
         (right, TINY._replace(relu=True), "y"),
         *((right, p, w) for p in (ALIGNED, LONG, ROUGH, ROUGH_HALF) for w in ("y", "dx")),
         *((right, p, w) for p in (SHIFTED, ENDED, ENDED_TMA) for w in ("y", "dx")),
+        (right, CUT, "y"),
         (right, OBLONG, "y"),
         (right, OBLONG._replace(block=(32, 64)), "dx"),
         *((right, p, w) for p in (BROAD, POINT, EMPTY, MANY) for w in ("y", "dx")),

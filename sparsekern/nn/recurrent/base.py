@@ -9,15 +9,14 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, WeightError
 from sparsekern.nn.connections import check_mask, topology_of
 from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.nn.linear import SparseLinear
+from sparsekern.nn.recurrent.arguments import Shares, by_name
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block, check_sparsity
 
-Shares = float | Mapping[str, float | None]
-"""One sparsity, or one for each matrix by name; None leaves a matrix dense."""
 T = TypeVar("T")
 
 
@@ -50,18 +49,22 @@ class SparseRecurrent(nn.Module):
     hidden_size: int
     bias: bool
 
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of each weight matrix, by name."""
+        raise NotImplementedError
+
     def _build(
         self,
-        shapes: Mapping[str, tuple[int, int]],
         sparsity: Shares,
-        topologies: Mapping[str, Topology | None] | None,
         block: Block,
         impl: str | None,
+        topologies: Mapping[str, Topology | None] | None,
         generator: torch.Generator | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """Make the matrices of `shapes` (rows, cols), and draw their values."""
+        """Make the weight matrices, and draw their values."""
+        shapes = self._shapes()
         if topologies is None:
             shares: dict[str, float | None] = by_name("sparsity", sparsity, shapes)
 
@@ -90,6 +93,17 @@ class SparseRecurrent(nn.Module):
                 )
             self.add_module(name, layer)
         self.reset_parameters(generator)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith(("weight_", "bias_")):
+            kind, _, matrix = name.partition("_")
+            sparse = isinstance(getattr(self, matrix, None), SparseLinear)
+            place = "bias" if kind == "bias" else "values" if sparse else "weight"
+            raise WeightError(
+                f"`{name}` can't be assigned to: write to `{matrix}.{place}`; a dense layer is "
+                "taken over by `from_dense`"
+            )
+        super().__setattr__(name, value)
 
     def _matrices(self) -> dict[str, Any]:
         return dict(self.named_children())
@@ -257,47 +271,12 @@ class SparseRecurrent(nn.Module):
         return list(hx)
 
 
-def by_name(argument: str, given: T | Mapping[str, T], names: Mapping[str, object]) -> dict[str, T]:
-    """One entry for each name, from a mapping that has just these or from a single value.
-
-    Raises:
-        ConfigError: names are missing or unknown.
-    """
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(names, given)
-    if set(given) != set(names):
-        raise ConfigError(
-            f"`{argument}` must name each of {', '.join(names)}; got {', '.join(map(str, given))}"
-        )
-    return {name: given[name] for name in names}
-
-
 def uncompiled(run: Callable[..., T], *args: Any) -> T:
     """Call `run`, which `torch.compile` leaves alone: it would unroll all time steps."""
     if torch.compiler.is_compiling():
         # as a decorator it would import the compiler along with this library
         run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
     return run(*args)
-
-
-def check_size(name: str, size: object, least: int = 1) -> None:
-    """Raise `DtypeError` or `ConfigError` unless `size` is an int of at least `least`."""
-    if type(size) is not int:
-        raise DtypeError(f"`{name}` must be an int; got {size!r}")
-    if size < least:
-        raise ConfigError(f"`{name}` must be at least {least}; got {size}")
-
-
-def check_flag(name: str, flag: object) -> None:
-    """Raise `DtypeError` unless `flag` is a bool."""
-    if not isinstance(flag, bool):
-        raise DtypeError(f"`{name}` must be a bool; got {flag!r}")
-
-
-def check_nonlinearity(nonlinearity: object) -> None:
-    """Raise `ConfigError` unless it is one that a plain RNN has."""
-    if nonlinearity not in ("tanh", "relu"):
-        raise ConfigError(f"`nonlinearity` must be 'tanh' or 'relu'; got {nonlinearity!r}")
 
 
 def _named(call: Callable[[str, Any], T], name: str, value: Any) -> T:

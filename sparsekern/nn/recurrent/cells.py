@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import ShapeError
-from sparsekern.nn.recurrent.base import (
+from sparsekern.nn.recurrent.arguments import (
     Shares,
-    SparseRecurrent,
     check_flag,
     check_nonlinearity,
     check_size,
-    uncompiled,
 )
+from sparsekern.nn.recurrent.base import SparseRecurrent, uncompiled
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.scan import scan
 from sparsekern.topology import Topology
@@ -27,30 +26,17 @@ class _Cell(SparseRecurrent):
     arguments: ClassVar[tuple[str, ...]] = ("input_size", "hidden_size", "bias")
     kind: str
 
-    def __init__(
-        self,
-        kind: str,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        *,
-        sparsity: Shares = 0.9,
-        block: Block = 1,
-        impl: str | None = None,
-        topologies: Mapping[str, Topology | None] | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, kind: str, input_size: int, hidden_size: int, bias: bool) -> None:
         super().__init__()
         check_size("input_size", input_size)
         check_size("hidden_size", hidden_size)
         check_flag("bias", bias)
         self.kind = kind
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        rows = KINDS[kind].gates * hidden_size
-        shapes = {"ih": (rows, input_size), "hh": (rows, hidden_size)}
-        self._build(shapes, sparsity, topologies, block, impl, generator, device, dtype)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        rows = KINDS[self.kind].gates * self.hidden_size
+        return {"ih": (rows, self.input_size), "hh": (rows, self.hidden_size)}
 
     def _step(self, x: Tensor, hx: Any) -> list[Tensor]:
         """The next states."""
@@ -103,9 +89,21 @@ class SparseGRUCell(_Cell):
     dense_type = nn.GRUCell
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, **settings: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        sparsity: Shares = 0.9,
+        block: Block = 1,
+        impl: str | None = None,
+        topologies: Mapping[str, Topology | None] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__("gru", input_size, hidden_size, bias, **settings)
+        super().__init__("gru", input_size, hidden_size, bias)
+        self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Next state (B, H) or (H,) of `input` (B, input_size) or (input_size,) and `hx`."""
@@ -128,10 +126,18 @@ class SparseRNNCell(_Cell):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
-        **settings: Any,
+        *,
+        sparsity: Shares = 0.9,
+        block: Block = 1,
+        impl: str | None = None,
+        topologies: Mapping[str, Topology | None] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_nonlinearity(nonlinearity)
-        super().__init__(nonlinearity, input_size, hidden_size, bias, **settings)
+        super().__init__(nonlinearity, input_size, hidden_size, bias)
+        self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
     @property
     def nonlinearity(self) -> str:
@@ -152,9 +158,21 @@ class SparseLSTMCell(_Cell):
     dense_type = nn.LSTMCell
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, **settings: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        sparsity: Shares = 0.9,
+        block: Block = 1,
+        impl: str | None = None,
+        topologies: Mapping[str, Topology | None] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__("lstm", input_size, hidden_size, bias, **settings)
+        super().__init__("lstm", input_size, hidden_size, bias)
+        self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None

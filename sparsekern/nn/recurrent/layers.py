@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
-from sparsekern.nn.recurrent.base import Shares, SparseRecurrent, check_flag, check_size, uncompiled
+from sparsekern.nn.recurrent.arguments import check_flag, check_size, checked_dropout
+from sparsekern.nn.recurrent.base import SparseRecurrent, uncompiled
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.scan import scan
-from sparsekern.topology import Topology
-from sparsekern.topology.blocks import Block
 
 
 class RecurrentLayers(SparseRecurrent):
@@ -38,20 +36,12 @@ class RecurrentLayers(SparseRecurrent):
         kind: str,
         input_size: int,
         hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
         proj_size: int = 0,
-        *,
-        sparsity: Shares = 0.9,
-        block: Block = 1,
-        impl: str | None = None,
-        topologies: Mapping[str, Topology | None] | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, size in (
@@ -74,8 +64,7 @@ class RecurrentLayers(SparseRecurrent):
         self.kind = kind
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
-        self.dropout, self.proj_size = _checked_dropout(dropout, num_layers), proj_size
-        self._build(self._shapes(), sparsity, topologies, block, impl, generator, device, dtype)
+        self.dropout, self.proj_size = checked_dropout(dropout, num_layers), proj_size
 
     @property
     def _passes(self) -> list[tuple[int, str]]:
@@ -191,16 +180,3 @@ class RecurrentLayers(SparseRecurrent):
         }
         facts += [f"{k}={getattr(self, k)}" for k, v in plain.items() if getattr(self, k) != v]
         return ", ".join(facts + (["nonlinearity=relu"] if self.kind == "relu" else []))
-
-
-def _checked_dropout(dropout: object, num_layers: int) -> float:
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-        raise DtypeError(f"`dropout` must be a number; got {dropout!r}")
-    if not 0 <= dropout <= 1:
-        raise ConfigError(f"`dropout` must lie in [0, 1]; got {dropout}")
-    if dropout and num_layers == 1:
-        warnings.warn(
-            f"dropout acts between layers: dropout={dropout} has no effect with num_layers=1",
-            stacklevel=4,
-        )
-    return float(dropout)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sparsekern.nn.recurrent.base import SparseRecurrent, check_nonlinearity
+from sparsekern.nn.recurrent.arguments import Shares, check_nonlinearity
+from sparsekern.nn.recurrent.base import SparseRecurrent
 from sparsekern.nn.recurrent.cells import SparseGRUCell, SparseLSTMCell, SparseRNNCell
 from sparsekern.nn.recurrent.layers import RecurrentLayers
+from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block
 
 __all__ = [
     "RECURRENT",
@@ -67,19 +72,19 @@ class SparseGRU(RecurrentLayers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        **settings: Any,
+        *,
+        sparsity: Shares = 0.9,
+        block: Block = 1,
+        impl: str | None = None,
+        topologies: Mapping[str, Topology | None] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            "gru",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            **settings,
+            "gru", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         )
+        self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
@@ -118,7 +123,14 @@ class SparseRNN(RecurrentLayers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        **settings: Any,
+        *,
+        sparsity: Shares = 0.9,
+        block: Block = 1,
+        impl: str | None = None,
+        topologies: Mapping[str, Topology | None] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_nonlinearity(nonlinearity)
         super().__init__(
@@ -130,8 +142,8 @@ class SparseRNN(RecurrentLayers):
             batch_first,
             dropout,
             bidirectional,
-            **settings,
         )
+        self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
     @property
     def nonlinearity(self) -> str:
@@ -166,7 +178,14 @@ class SparseLSTM(RecurrentLayers):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        **settings: Any,
+        *,
+        sparsity: Shares = 0.9,
+        block: Block = 1,
+        impl: str | None = None,
+        topologies: Mapping[str, Topology | None] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             "lstm",
@@ -178,8 +197,8 @@ class SparseLSTM(RecurrentLayers):
             dropout,
             bidirectional,
             proj_size,
-            **settings,
         )
+        self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None

@@ -8,20 +8,33 @@ one) is settled when a product is made, so that a step is one kernel call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparsekern.nn.base import SparseLayer
-from sparsekern.ops import library, resolve
-from sparsekern.ops.dispatch import backend
+from sparsekern.ops import resolve
+from sparsekern.ops.cpu.choice import backend_for
+from sparsekern.ops.direct import is_plain, is_watched
+from sparsekern.ops.dispatch import Backend, backend
+from sparsekern.ops.library import Operators
+from sparsekern.topology import Topology
+
+EXACT = (torch.float32, torch.float64)
+"""Types that the compiled kernels compute in as they are."""
 
 
 class Product(Protocol):
-    """y = x wᵀ + bias for a w (rows, cols), and what its gradients need."""
+    """y = x wᵀ + bias for a w (rows, cols), and what its gradients need.
+
+    Attributes:
+        compiled: whether the CPU's compiled kernels run it.
+    """
+
+    compiled: bool
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(M, cols) -> (M, rows)."""
@@ -34,50 +47,67 @@ class Product(Protocol):
 
 
 class Recipe(NamedTuple):
-    """How to make the product of a weight, and the tensors to make it from, the weight first.
+    """How to make the product of a weight.
 
-    They are apart so that an autograd function can save the tensors.
+    Attributes:
+        make: makes it of `tensors`.
+        tensors: the weight first; apart, so that an autograd function can save them.
+        bias: of the weight, or None.
+        topology: of a sparse weight, or None.
     """
 
     make: Callable[[Sequence[Tensor]], Product]
     tensors: tuple[Tensor, ...]
     bias: Tensor | None
+    topology: Topology | None = None
 
 
 class _Sparse:
     """A sparse weight, by the kernels; by the operators around them where something watches.
 
     A counter of FLOPs or a tracer sees operators. Where none is active, a step spares itself the
-    operator's dispatch and the making of a topology, which cost as much as a small product.
+    operator's dispatch, which costs as much as a small product.
     """
 
-    def __init__(self, layout: list[int], impl: str, tensors: Sequence[Tensor]) -> None:
-        self.values, *arrays = tensors
-        self.parts = *arrays, layout
+    def __init__(self, topology: Topology, impl: str, tensors: Sequence[Tensor]) -> None:
+        (self.values,) = tensors
+        self.topology = topology
         self.impl = impl
-        self.topology = library.topology_of(*self.parts)
-        watched = _get_current_dispatch_mode() is not None or library.is_traced()
-        self.kernels = None if watched else backend(impl)
+        # no short way for fake tensors, or for index arrays that torch does not follow
+        known = None if is_watched() or not is_plain(self.values) else topology.known()
+        self.run: Backend = Operators(impl) if known is None else backend(impl)
+        kind, native = self.values.dtype, known is not None and impl == "cpu"
+        self.compiled = native and kind in EXACT and backend_for(topology, kind) == "jit"
+
+    @cached_property
+    def turned(self) -> tuple[Tensor, Topology] | None:
+        """Single entries in the order of wᵀ: each step would else put them in order."""
+        return _turned(self.values, self.topology) if self.compiled else None
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.kernels is not None:
-            return self.kernels.spmm(x, self.values, self.topology, bias)
-        y: Tensor = library.spmm(x, self.values, bias, *self.parts, False, self.impl)
-        return y
+        return self.run.spmm(x, self.values, self.topology, bias)
 
     def transposed(self, dy: Tensor) -> Tensor:
-        if self.kernels is not None:
-            return self.kernels.spmm_t(dy, self.values, self.topology)
-        dx: Tensor = library.spmm_t(dy, self.values, *self.parts, self.impl)
-        return dx
+        if self.turned is not None:
+            return self.run.spmm(dy, *self.turned, None)
+        return self.run.spmm_t(dy, self.values, self.topology)
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        dw: Tensor = library.sddmm(dy, x, *self.parts, self.impl)
-        return dw
+        return self.run.sddmm(dy, x, self.topology)
+
+
+def _turned(values: Tensor, t: Topology) -> tuple[Tensor, Topology] | None:
+    """Single entries of wᵀ, and its rows: all that a product with it reads of a topology."""
+    if t.block != (1, 1):
+        return None
+    turned = replace(t, shape=(t.shape[1], t.shape[0]), crow=t.ccol, col=t.row)
+    return values.index_select(0, t.perm), turned
 
 
 class _Dense:
     """A dense weight, or one that is multiplied by a mask."""
+
+    compiled = False
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         weight, *mask = tensors
@@ -98,9 +128,9 @@ class _Dense:
 class _Unpacked(_Dense):
     """`impl="dense"`: sparse storage, and a dense weight that lives as long as the product."""
 
-    def __init__(self, layout: list[int], tensors: Sequence[Tensor]) -> None:
-        values, *arrays = tensors
-        self.topology = library.topology_of(*arrays, layout)
+    def __init__(self, topology: Topology, tensors: Sequence[Tensor]) -> None:
+        (values,) = tensors
+        self.topology = topology
         super().__init__([self.topology.unpack(values)])
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -117,12 +147,10 @@ def recipe_of(layer: nn.Module, dtype: torch.dtype) -> Recipe:
     if not isinstance(layer, SparseLayer):
         weight: Any = layer.weight
         return Recipe(_Dense, (weight.to(dtype),), bias)
-    layer.check_known()
     values = layer.values.to(dtype)
     if layer.dense_mask is not None:
         return Recipe(_Dense, (values, layer.dense_mask), bias)
     topology = layer.topology
     impl = resolve(layer.impl, values.device, dtype, topology.block, topology.block_density)
-    *arrays, layout = library.parts(topology)
-    make = partial(_Unpacked, layout) if impl == "dense" else partial(_Sparse, layout, impl)
-    return Recipe(make, (values, *arrays), bias)
+    make = partial(_Unpacked, topology) if impl == "dense" else partial(_Sparse, topology, impl)
+    return Recipe(make, (values,), bias, topology)

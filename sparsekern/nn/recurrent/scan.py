@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from sparsekern.errors import UnavailableError
 from sparsekern.nn.base import SparseLayer
+from sparsekern.nn.recurrent.compiled import BACKWARD
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.products import Product, recipe_of
 from sparsekern.ops import capture
-from sparsekern.ops.library import is_traced
+from sparsekern.ops.library import check_unchanged, is_traced
 from sparsekern.ops.ranges import ranged
+from sparsekern.topology import Topology
+from sparsekern.topology.known import versions_if_counted
 
 
 def scan(
@@ -62,6 +65,7 @@ def scan(
         _Weight(
             recipe.make,
             len(recipe.tensors),
+            recipe.topology,
             layer._capture_key if keep and isinstance(layer, SparseLayer) else 0,
         )
         for layer, recipe in zip(layers, recipes, strict=True)
@@ -77,11 +81,20 @@ def scan(
 
 
 class _Weight(NamedTuple):
-    """How to make a product, of how many tensors, and the key under which it is observed (or 0)."""
+    """How to make a product, of how many tensors; its topology if it is sparse.
+
+    `key` is the one under which it is observed, or 0.
+    """
 
     make: Callable[[Sequence[Tensor]], Product]
     tensors: int
+    topology: Topology | None
     key: int
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """What a product reads beside its tensors."""
+        return () if self.topology is None else self.topology.arrays
 
 
 class _Plan(NamedTuple):
@@ -128,12 +141,15 @@ class _Scan(torch.autograd.Function):
             capture.expect(weight.key)
         if plan.keep:
             ctx.plan = plan
+            ctx.versions = [versions_if_counted(weight.arrays) for weight in plan.weights]
             ctx.save_for_backward(*tensors, *kept)
         return kept[0], *final
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *d_final: Tensor) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
+        for weight, versions in zip(plan.weights, ctx.versions, strict=True):
+            check_unchanged(weight.arrays, versions)
         states = KINDS[plan.kind].states
         weights = states + sum(weight.tensors for weight in plan.weights)
         parts = saved[:states], saved[states:weights], saved[weights:]
@@ -210,8 +226,9 @@ def _backward(
     out, gates, *extra = kept
     cells = extra[: kind.states - 1]
     last = [_previous(plan, new, old) for new, old in zip([out, *cells], initial, strict=True)]
-    walk = kind.backward(gates, last, [out, *cells], plan.rows)
-    dy, d_state = plan.rows(gradients[0]), [d.clone() for d in gradients[1]]
+    start = BACKWARD.get(plan.kind, kind.backward) if product.compiled else kind.backward
+    walk = start(gates, last, [out, *cells], plan.rows)
+    dy, d_state = plan.rows(gradients[0]), [_own(d) for d in gradients[1]]
     d_out = torch.empty_like(out) if projection else out
     d_outs = plan.rows(d_out)
 
@@ -242,6 +259,11 @@ def _backward(
         found.append(made.weight_gradient(*pair) if wanted else None)
         found += [None] * (weight.tensors - 1)
     return found
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """A copy that a walk may write to, rows contiguous."""
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _previous(plan: _Plan, states: Tensor, initial: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ stays in L2, `DOT_TOKENS` for the dots, whose cost per call is high. FLOPs: 2 M 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,9 @@ def _entries(block_index: Tensor, edge: int, block: tuple[int, int], axis: int) 
     """Feature of each stored entry along one axis, in storage order, (nnzb * bh * bw,) int32."""
     if block == (1, 1):
         return block_index
-    inner = torch.arange(edge, dtype=torch.int32).view((-1, 1) if axis == 0 else (1, -1))
+    inner = torch.arange(edge, dtype=torch.int32, device=block_index.device).view(
+        (-1, 1) if axis == 0 else (1, -1)
+    )
     index = (block_index.view(-1, 1, 1) * edge + inner).expand(-1, *block)
     return index.contiguous().view(-1)  # reshape would keep one block's zero strides
 
@@ -128,17 +131,18 @@ def _bags(values: Tensor, t: Topology, *, transposed: bool) -> _Bags:
     if transposed:
         blocks = blocks[t.perm.long()].transpose(1, 2)
     counts = ptr.diff().long()
+    span = functools.partial(torch.arange, device=t.device)
     # entry (e, r, c) of block row i goes to place  first(i) + r * count(i) * in_edge + ...
-    home = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+    home = torch.repeat_interleave(span(counts.numel()), counts)
     first = ptr[:-1].long() * (out_edge * in_edge)
-    nth = torch.arange(idx.numel()) - ptr[:-1].long()[home]
+    nth = span(idx.numel()) - ptr[:-1].long()[home]
     lead = (first[home] + nth * in_edge).view(-1, 1, 1)
-    place = lead + (counts[home] * in_edge).view(-1, 1, 1) * torch.arange(out_edge).view(1, -1, 1)
-    place = (place + torch.arange(in_edge)).view(-1)
+    place = lead + (counts[home] * in_edge).view(-1, 1, 1) * span(out_edge).view(1, -1, 1)
+    place = (place + span(in_edge)).view(-1)
     index, weight = torch.empty_like(place, dtype=torch.int32), values.new_empty(place.numel())
-    features = idx.view(-1, 1, 1) * in_edge + torch.arange(in_edge, dtype=torch.int32)
+    features = idx.view(-1, 1, 1) * in_edge + span(in_edge, dtype=torch.int32)
     index[place] = features.expand(-1, out_edge, -1).reshape(-1)
     weight[place] = blocks.reshape(-1)
-    starts = first.view(-1, 1) + (counts * in_edge).view(-1, 1) * torch.arange(out_edge)
+    starts = first.view(-1, 1) + (counts * in_edge).view(-1, 1) * span(out_edge)
     offsets = torch.cat([starts.view(-1), starts.new_tensor([place.numel()])])
     return _Bags(offsets.to(torch.int32), index, weight, inputs)

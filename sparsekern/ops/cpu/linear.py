@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from sparsekern.ops.cpu.choice import backend_for, compute_dtype
+from sparsekern.ops.cpu.choice import backend_for, compute_dtype, warn_of_missing_numba
 
 if TYPE_CHECKING:
     from sparsekern.ops.dispatch import Backend
@@ -82,4 +82,5 @@ def _plan(t: Topology, x: Tensor) -> tuple[Backend, torch.dtype]:
 @functools.cache
 def module_of(name: str) -> Backend:
     """The linear products of an implementation that `choice` names."""
+    warn_of_missing_numba()
     return cast("Backend", importlib.import_module(MODULES[name]))

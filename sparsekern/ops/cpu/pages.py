@@ -21,7 +21,7 @@ _PAGE = 1 << 21
 
 def fresh(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised (rows, cols) tensor on the CPU."""
-    out = torch.empty((rows, cols), dtype=dtype)
+    out = torch.empty((rows, cols), dtype=dtype, device="cpu")
     advise = _advise() if rows * cols * dtype.itemsize >= LARGE else None
     if advise is not None:
         first = -(-out.data_ptr() // _PAGE) * _PAGE

@@ -99,7 +99,8 @@ class Products:
 
 
 def _empty(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    return torch.empty(x.shape[0], channels, *size, dtype=x.dtype, memory_format=format_of(x))
+    shape = x.shape[0], channels, *size
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
 def _clean(values: Tensor, t: Topology) -> Tensor:

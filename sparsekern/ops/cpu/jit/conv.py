@@ -69,7 +69,7 @@ def conv2d_backward(
 
 
 def _empty(x: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
-    return torch.empty(tuple(shape), dtype=x.dtype, memory_format=layout)
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _flat(g: ConvGeometry, *images: Tensor) -> list[Tensor]:

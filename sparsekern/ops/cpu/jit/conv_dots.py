@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 
 from sparsekern.ops.cpu.jit.conv_simd import (
+    DOT_ROWS,
+    OUTER_ROWS,
     dots_column,
-    dots_four,
     dots_one,
     dots_row,
+    dots_tile,
     outer_one,
     outer_one_row,
     outer_two,
     outer_two_row,
 )
+from sparsekern.ops.cpu.jit.conv_spec import Dots
 from sparsekern.ops.cpu.jit.simd import WIDTH, jit
 
 SEGMENT = 512  # pixels of dy and x that one pass of an outer product takes
@@ -37,12 +40,12 @@ def _outer_pair(
         i = 0
         while i < rows:
             a, ca, cb = d[0] + (i * d[1] + m) * eb, c[0] + i * ldc * eb, c[1] + i * ldc * eb
-            if i + 8 <= rows:
+            if i + OUTER_ROWS <= rows:
                 if pair:
                     outer_two(z, (ldc, a, d[1], n, ca, xa, cb, xb))
                 else:
                     outer_one(z, (ldc, a, d[1], n, ca, xa))
-                i += 8
+                i += OUTER_ROWS
             else:
                 if pair:
                     outer_two_row(z, (ldc, a, d[1], n, ca, xa, cb, xb))
@@ -94,29 +97,29 @@ def _dots_block(
     """Dots of `rows` rows of dy with `cols` rows of x: one block."""
     i = 0
     while i < rows:
-        four = i + 4 <= rows
+        several = i + DOT_ROWS <= rows
         a = d[0] + i * d[1] * eb
         j = 0
         while j < cols:
             at, p, step = dw + (i * ldw + j) * eb, x[0] + j * x[1] * eb, x[1] * eb
             if j + 4 <= cols:
                 xs = (p, p + step, p + 2 * step, p + 3 * step)
-                if four:
-                    dots_four(z, (at, ldw, a, d[1], size, *xs))
+                if several:
+                    dots_tile(z, (at, ldw, a, d[1], size, *xs))
                 else:
                     dots_row(z, (at, ldw, a, d[1], size, *xs, *xs))
                 j += 4
             else:
-                if four:
+                if several:
                     dots_column(z, (at, ldw, a, d[1], size, p))
                 else:
                     dots_one(z, (at, ldw, a, d[1], size, p))
                 j += 1
-        i += 4 if four else 1
+        i += DOT_ROWS if several else 1
 
 
 @jit
-def dots_chunk(z: Any, eb: int, d: Any, x: Any, kind: int, dw: Any, index: Any, size: int) -> None:
+def dots_chunk(z: Any, eb: int, d: Any, x: Any, dots: Dots, blocks: Any, size: int) -> None:
     """Add one chunk's share of dw for a range of blocks.
 
     Args:
@@ -124,29 +127,25 @@ def dots_chunk(z: Any, eb: int, d: Any, x: Any, kind: int, dw: Any, index: Any, 
         eb: its bytes.
         d: (address of the chunk's first pixel, row stride) of dy in scratch.
         x: (address, row stride) of x in scratch, or (address, elements of a panel).
-        kind: 1 if x is rows of channels, 2 if it is panels.
-        dw: (address, (bh, bw), first and last + 1 block).
-        index: (crow, offsets, counts, block rows per group, output channels per group).
+        dots: the weight gradient.
+        blocks: first and last + 1 block.
         size: pixels, a multiple of lanes.
     """
-    address, block, first, last = dw
-    crow, at, kn, rows, outs = index
-    bh, bw = block
-    lanes = WIDTH // eb
-    r = np.searchsorted(crow, first, side="right") - 1
-    while r < crow.size - 1 and crow[r] < last:
-        lo, hi = max(first, crow[r]), min(last, crow[r + 1])
-        g = r // rows
-        top = (r - g * rows) * bh
-        valid = min(bh, outs - top)
-        dr = (d[0] + (g * outs + top) * d[1] * eb, d[1])
-        if kind == 2:
-            _outer_row(z, eb, address, block, dr, x, at, (lo, hi), valid, size)
+    crow, bh, bw = dots.crow, dots.block[0], dots.block[1]
+    r = np.searchsorted(crow, blocks[0], side="right") - 1
+    while r < crow.size - 1 and crow[r] < blocks[1]:
+        span = (max(blocks[0], crow[r]), min(blocks[1], crow[r + 1]))
+        g = r // dots.rows
+        top = (r - g * dots.rows) * bh
+        valid = min(bh, dots.outs - top)
+        dr = (d[0] + (g * dots.outs + top) * d[1] * eb, d[1])
+        if dots.panels:
+            _outer_row(z, eb, dots.address, dots.block, dr, x, dots.at, span, valid, size)
         elif bh * bw == 1:
-            _dots_entries(z, eb, address, dr[0], x[0], at, (lo, hi), size // lanes)
+            _dots_entries(z, eb, dots.address, dr[0], x[0], dots.at, span, size // (WIDTH // eb))
         else:
-            for e in range(lo, hi):
-                home, p = address + e * bh * bw * eb, (x[0] + at[e] * eb, x[1])
-                cols = kn[e] if kn.size > 1 else kn[0]
-                _dots_block(z, eb, home, bw, dr, p, valid, cols, size // lanes)
+            for e in range(span[0], span[1]):
+                home, p = dots.address + e * bh * bw * eb, (x[0] + dots.at[e] * eb, x[1])
+                cols = dots.count[e] if dots.count.size > 1 else dots.count[0]
+                _dots_block(z, eb, home, bw, dr, p, valid, cols, size // (WIDTH // eb))
         r += 1

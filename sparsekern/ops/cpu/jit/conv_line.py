@@ -8,12 +8,11 @@ convolution has stride 1.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from sparsekern.ops.geometry import ConvGeometry
 
@@ -75,7 +74,6 @@ class Line:
     reach: int
 
     @staticmethod
-    @functools.lru_cache(maxsize=256)
     def of(images: int, size: tuple[int, int], g: ConvGeometry) -> Line:
         """The line for `images` inputs of (H, W)."""
         outputs = g.output_size(*size)
@@ -105,9 +103,9 @@ class Line:
         """Whether every pixel of the input is read."""
         return self.rows.complete and self.columns.complete
 
-    def inputs(self, x: Tensor) -> Ints:
-        """Views of the input image, one per phase, (phases, VIEW)."""
-        (n, c, h, w), (sh, sw) = x.stride(), self.stride
+    def inputs(self, strides: Sequence[int]) -> Ints:
+        """Views of an input image of these strides, one per phase, (phases, VIEW)."""
+        (n, c, h, w), (sh, sw) = strides, self.stride
         steps = (n, sh * h, sw * w, c)
         views = [
             [*self._frame(), *row[1:], *column[1:], row[0] * h + column[0] * w, *steps]
@@ -116,9 +114,9 @@ class Line:
         ]
         return np.array(views, np.int64)
 
-    def outputs(self, y: Tensor) -> Ints:
-        """View of the output image, (1, VIEW)."""
-        n, c, h, w = y.stride()
+    def outputs(self, strides: Sequence[int]) -> Ints:
+        """View of an output image of these strides, (1, VIEW)."""
+        n, c, h, w = strides
         sizes = [0, self.rows.size, 0, self.columns.size]
         return np.array([[*self._frame(), *sizes, 0, n, h, w, c]], np.int64)
 

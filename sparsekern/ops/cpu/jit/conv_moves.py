@@ -1,7 +1,7 @@
 """Vector primitives that move pixels: copies of runs, of every other pixel, and transposes.
 
-As in `simd`, addresses are plain integers and strides are in elements. Masked loads and stores
-take the ends of runs, so nothing beyond a run is read or written.
+As in `simd`, addresses are plain integers and strides are in elements. Nothing beyond a run is
+read or written: its end is taken by a vector that overlaps the one before, or by a masked one.
 """
 
 from typing import Any
@@ -41,17 +41,40 @@ def _masked_store(e: Any, value: Any, address: Any, mask: Any) -> None:
 
 
 def _copy(e: Any, dst: Any, src: Any, count: Any) -> None:
-    """Copy `count` elements that lie side by side."""
-    lanes = e.num(e.vec.count)
-    steps = e.b.sdiv(e.b.add(count, e.num(e.vec.count - 1)), lanes)
+    """Copy `count` elements that lie side by side.
 
-    def body(i: Any, _: list[Any]) -> list[Any]:
-        done = e.b.mul(i, lanes)
-        mask = _first(e, e.b.sub(count, done))
-        _masked_store(e, _masked_load(e, e.at(src, done), mask), e.at(dst, done), mask)
-        return []
+    The last vector overlaps the one before: masked stores take many cycles on some processors.
+    """
 
-    e.loop(e.num(0), steps, [], body)
+    def move(done: Any, width: int) -> None:
+        kind = ir.VectorType(e.elem, width)
+        e.store(e.load(e.at(src, done), kind), e.at(dst, done))
+
+    def either_end(width: int) -> None:
+        move(e.num(0), width)
+        move(e.b.sub(count, e.num(width)), width)
+
+    def short(width: int) -> None:
+        """Fewer than 2 `width` elements."""
+        with e.b.if_else(e.b.icmp_signed(">=", count, e.num(width))) as (fits, less):
+            with fits:
+                either_end(width)
+            with less:
+                if width > 1:
+                    short(width // 2)
+
+    n = e.vec.count
+    with e.b.if_else(e.b.icmp_signed(">=", count, e.num(n))) as (whole, less):
+        with whole:
+
+            def body(i: Any, _: list[Any]) -> list[Any]:
+                move(e.b.mul(i, e.num(n)), n)
+                return []
+
+            e.loop(e.num(0), e.b.sdiv(count, e.num(n)), [], body)
+            move(e.b.sub(count, e.num(n)), n)
+        with less:
+            short(n // 2)
 
 
 def _copy_even(e: Any, dst: Any, src: Any, count: Any) -> None:

@@ -13,11 +13,13 @@ from sparsekern.ops.cpu.jit.simd import WIDTH, _fold, _pair, _prefetch, _primiti
 
 ir = cgutils.ir
 
-# vectors of one register tile of 4 outputs, and of one output of single entries
-SUM_VECS = 6 if WIDTH == 64 else 3
-ENTRY_VECS = 8 if WIDTH == 64 else 4
-# 8 outputs by half of the vectors: an even number of them, and registers for 24 sums
-EIGHT_AT_ONCE = WIDTH == 64
+# with 32 registers, or with 16: vectors of a tile of 4 outputs (8 outputs take half as many, where
+# they fit), of one output of single entries, and rows of dy that an outer product and a dot take
+LARGE = WIDTH == 64
+SUM_VECS = 6 if LARGE else 3
+ENTRY_VECS = 8 if LARGE else 4
+OUTER_ROWS = 8 if LARGE else 4
+DOT_ROWS = 4 if LARGE else 2
 
 
 def _sums(rows: int, vecs: int, *, ahead: bool = False) -> Any:
@@ -129,7 +131,7 @@ def _dots(rows: int, count: int) -> Any:
     Arguments: out ldo d ldd n, then x_j for each j < count; for one row, the next four.
     A dot of one row or one column is added up in the same order as one of four.
     """
-    more = count if count > rows else 0  # reads are the bound of a single row: it asks ahead
+    more = count if rows == 1 and count > 1 else 0  # bound by reads, it asks ahead
 
     def dots(e: Any, *args: Any) -> None:
         out, ldo, d, ldd, n = args[:5]
@@ -166,8 +168,9 @@ def _totals(e: Any, sums: list[Any]) -> list[Any]:
 
 
 sum_four, sum_one = _sums(4, SUM_VECS), _sums(1, SUM_VECS)
-sum_eight = _sums(8, SUM_VECS // 2, ahead=True)
+sum_eight = _sums(8, 3, ahead=True)
 entry_sums = _entry_sums(ENTRY_VECS)
-outer_two, outer_one = _outer(8, 2), _outer(8, 1)
+outer_two, outer_one = _outer(OUTER_ROWS, 2), _outer(OUTER_ROWS, 1)
 outer_two_row, outer_one_row = _outer(1, 2), _outer(1, 1)
-dots_four, dots_column, dots_row, dots_one = _dots(4, 4), _dots(4, 1), _dots(1, 4), _dots(1, 1)
+dots_tile, dots_column = _dots(DOT_ROWS, 4), _dots(DOT_ROWS, 1)
+dots_row, dots_one = _dots(1, 4), _dots(1, 1)

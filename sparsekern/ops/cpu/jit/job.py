@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+from sparsekern.errors import IncompleteError
 from sparsekern.ops.cpu import threads
 
 (
@@ -65,6 +66,9 @@ def launch(kernel: Any, fields: tuple[int, ...], workers: int) -> None:
         kernel: what `entry` returned.
         fields: the job, in the order above.
         workers: at most `torch.get_num_threads()`.
+
+    Raises:
+        IncompleteError: a part was not begun.
     """
     job = array("q", fields)
     address = job.buffer_info()[0]
@@ -76,6 +80,8 @@ def launch(kernel: Any, fields: tuple[int, ...], workers: int) -> None:
         threads.run([functools.partial(kernel, address)] * workers)
     else:
         region(kernel, address, workers, 0)
+    if job[NEXT] < job[PARTS]:
+        raise IncompleteError(f"{job[PARTS]} parts of a product must run; {job[NEXT]} did")
 
 
 def entry(function: Any) -> Any:

@@ -39,9 +39,7 @@ def jit(function: F) -> F:
     # numba dates a cached kernel by the kernel's own file only: add those it is built from
     store: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if hasattr(store, "_source_stamp"):
-        built_from = [path.stat() for path in sorted(Path(__file__).parent.glob("*.py"))]
-        stamp = (WIDTH, *((file.st_mtime, file.st_size) for file in built_from))
-        store._source_stamp = (store._source_stamp, stamp)
+        store._source_stamp = (store._source_stamp, _stamp(Path(__file__).parent))
     return cast(F, compiled)
 
 
@@ -51,6 +49,12 @@ def inlined(function: F) -> F:
     Compiled by itself it would be optimised twice, with all that it calls.
     """
     return cast(F, njit(inline="always", nogil=True, error_model="numpy")(function))
+
+
+def _stamp(folder: Path) -> tuple[Any, ...]:
+    """What compiled kernels depend on: the width of vectors, and each file of this folder."""
+    files = [path.stat() for path in sorted(folder.glob("*.py"))]
+    return WIDTH, *((file.st_mtime, file.st_size) for file in files)
 
 
 class _Emit:

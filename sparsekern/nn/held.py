@@ -1,0 +1,211 @@
+"""`HeldTopology`: a module whose buffers are the index arrays of one topology.
+
+Kernels trust index arrays, and anyone may overwrite, cast or replace a module's buffers. So what
+the buffers hold is validated before it is used, once, until a buffer is another tensor or is
+written to; see `sparsekern.topology.known`. Only what this library writes itself is trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsekern.errors import ShapeError, TopologyError
+from sparsekern.topology import ARRAY_NAMES, Topology
+from sparsekern.topology.known import forget, is_tracked, vouch
+
+_LEFT = "_sparsekern_arrays_stay"  # mark of a DDP module that broadcasts no index arrays
+
+
+class HeldTopology(nn.Module):
+    """Base of `SparseLayer`: persistent int32 buffers, overwritten in place by topology updates."""
+
+    values: nn.Parameter
+    crow: Tensor
+    col: Tensor
+    ccol: Tensor
+    row: Tensor
+    perm: Tensor
+    row_order: Tensor
+    col_order: Tensor
+    dense_mask: Tensor | None
+    _blank = False  # whether the index arrays are memory that nothing was written to
+    _topology: Topology | None = None  # of the buffers as they were then
+    _buffers_then: tuple[Tensor | None, ...] = ()
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__()
+        self.matrix_shape = topology.shape
+        self.block = topology.block
+        self._cut = topology.groups, topology.taps
+        known = topology.known()
+        with torch.inference_mode(False):  # inference tensors would not count who writes to them
+            for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
+                # a copy: an update overwrites it, and the topology may be another layer's
+                self.register_buffer(name, array.clone())
+        if known is not None:
+            self._trust()
+
+    @property
+    def topology(self) -> Topology:
+        """The current connections, in the buffers' memory: an update changes them; `clone` keeps.
+
+        Raises:
+            TopologyError: there are none, as after `to_empty`, or the buffers were overwritten by
+                something that is no topology.
+        """
+        self.check_known()
+        topology = self._connections()
+        if not torch.compiler.is_compiling():
+            topology.known()
+        return topology
+
+    def check_known(self) -> None:
+        """Raise `TopologyError` if the index arrays were never filled: kernels trust them."""
+        if self._blank:
+            raise TopologyError(
+                "the layer came from the meta device by `to_empty` and has no connections yet: "
+                "load a state_dict first"
+            )
+
+    def _connections(self) -> Topology:
+        """What the buffers hold, unchecked: the operators of `ops` validate what they are given.
+
+        It is the same object as long as the buffers are the same tensors and `_trust` is not
+        called, so what was derived from it may be kept with it.
+        """
+        if torch.compiler.is_compiling():
+            return self._held()
+        if DistributedDataParallel._active_ddp_module is not None:
+            _leave_broadcast(DistributedDataParallel._active_ddp_module)
+        topology = self._topology
+        if topology is not None and all(map(is_, self._buffers.values(), self._buffers_then)):
+            return topology
+        return self._hold()
+
+    def _hold(self) -> Topology:
+        """Take up the buffers as they are now."""
+        for name in ARRAY_NAMES:
+            array = self._buffers[name]
+            if type(array) is Tensor and array.is_inference():
+                with torch.inference_mode(False):
+                    self._buffers[name] = array.clone()  # this one counts who writes to it
+        topology = self._held()
+        tracked = is_tracked(topology.arrays)
+        self._topology = topology if tracked else None
+        self._buffers_then = tuple(self._buffers.values())
+        return topology
+
+    def _trust(self) -> None:
+        """Take up the buffers, which this library has just filled with a topology."""
+        vouch(self._hold())
+
+    def _held(self) -> Topology:
+        """What the buffers hold, whether or not it means anything."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAY_NAMES}
+        groups, taps = self._cut
+        return Topology(self.matrix_shape, self.block, **arrays, groups=groups, taps=taps)
+
+    def _overwrite_(self, topology: Topology) -> None:
+        """Switch the index arrays to a validated `topology`, in place."""
+        for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
+            getattr(self, name).copy_(array)
+        self._trust()
+
+    # ---- torch plumbing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast, but never cast the index arrays, as `Module.type` would.
+
+        Memory that the meta device's index arrays get holds no connections yet.
+        """
+        was_meta = self.col.is_meta
+        kept = {id(t) for t in self._buffers.values()}
+
+        def place(t: Tensor) -> Tensor:
+            made = fn(t)
+            return t.to(made.device) if id(t) in kept and made.dtype != t.dtype else made
+
+        super()._apply(place, recurse)  # type: ignore[no-untyped-call]
+        self._blank = self._blank or (was_meta and not self.col.is_meta)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own: what is known of these does not hold for them."""
+        return self.__dict__ | {"_topology": None, "_buffers_then": ()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse what does not fit before anything is copied."""
+        present = [name for name in (*ARRAY_NAMES, "values") if prefix + name in state_dict]
+        incoming = None
+        if present:
+            copied = not local_metadata.get("assign_to_params_buffers", False)
+            incoming = self._check_state(state_dict, prefix, present, copied=copied)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if incoming is not None:
+            self._blank = self._blank and self.col.is_meta
+            if _is_copy(self._held(), incoming):
+                self._trust()
+        if self.dense_mask is not None:
+            self.dense_mask.copy_(self.topology.to_mask())
+
+    def _check_state(
+        self, state: dict[str, Any], prefix: str, present: list[str], *, copied: bool
+    ) -> Topology:
+        if len(present) <= len(ARRAY_NAMES):
+            raise TopologyError(
+                f"state of {prefix!r} must hold values and all of {ARRAY_NAMES}; got only {present}"
+            )
+        arrays = [state[prefix + name] for name in ARRAY_NAMES]
+        if copied:  # into arrays whose strides are right
+            arrays = [a.contiguous() if isinstance(a, Tensor) else a for a in arrays]
+        own = self._held()
+        incoming = own.with_arrays(arrays).validate()
+        shape = state[prefix + "values"].shape
+        if incoming.nnzb != own.nnzb or shape != self.values.shape:
+            raise ShapeError(
+                f"state of {prefix!r} must have {own.nnzb} active blocks and values of "
+                f"shape {tuple(self.values.shape)}; got {incoming.nnzb} and {tuple(shape)}"
+            )
+        return incoming
+
+
+def _is_copy(own: Topology, other: Topology) -> bool:
+    """Whether the index arrays are real ones with the other's dtype and entries."""
+    pairs = zip(own.arrays, other.arrays, strict=True)
+    return is_tracked(own.arrays) and all(
+        a is b or (a.dtype == b.dtype and torch.equal(a, b.to(a.device))) for a, b in pairs
+    )
+
+
+def _leave_broadcast(ddp: Any) -> None:
+    """Take index arrays out of the buffers that a DDP module broadcasts before its forward passes.
+
+    They are equal on all ranks: the DDP module made them so when it was built, and updates are the
+    same everywhere. The broadcast hides its writes from the tensors' versions, so what the first
+    one, which has just been, may have written is validated.
+    """
+    if _LEFT in vars(ddp):
+        return
+    names = set(ddp.parameters_to_ignore)
+    for prefix, module in ddp.module.named_modules():
+        if isinstance(module, HeldTopology):
+            held = [name for name, array in module._buffers.items() if array is not None]
+            names.update(f"{prefix}.{name}" if prefix else name for name in held)
+            forget(module._held())
+            module._topology = None
+    ddp.parameters_to_ignore = names
+    ddp._assign_modules_buffers()
+    vars(ddp)[_LEFT] = True
