@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsekern.errors import ConfigError, DtypeError, UnavailableError
 from sparsekern.ops.cpu import backend, choice
+from sparsekern.ops.cpu.pages import LARGE, fresh
 from sparsekern.topology import Topology
 
 NAMES = ("jit", "blas", "csr") if choice.has_numba() else ("blas", "csr")
@@ -237,6 +238,40 @@ def test_same_bits_again_and_for_any_number_of_threads(block, name):
     # BLAS promises no such thing across thread counts, only from run to run
     for other in [outs[1]] if name == "blas" else outs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
+
+
+@pytest.mark.skipif("jit" not in NAMES, reason="needs numba")
+@pytest.mark.parametrize("block", [1, 4, (4, 64), 16, 32, 64])
+def test_a_tokens_result_does_not_depend_on_the_other_tokens(block):
+    torch.manual_seed(2)
+    t = draw((200, 300), block, 0.6)
+    x, dy, values = torch.randn(333, 300), torch.randn(333, 200), torch.randn(t.nnzb, *t.block)
+    bias = torch.randn(200)
+    y, dx = backend.spmm(x, values, t, bias), backend.spmm_t(dy, values, t)
+    for m in (1, 2, 3, 7, 8, 40, 100):
+        assert torch.equal(backend.spmm(x[:m], values, t, bias), y[:m])
+        assert torch.equal(backend.spmm_t(dy[-m:], values, t), dx[-m:])
+
+
+@pytest.mark.skipif("jit" not in NAMES, reason="needs numba")
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_what_is_kept_of_a_product_holds_no_connections(block):
+    t, other = draw((96, 128), block, 0.6), draw((96, 128), block, 0.6, seed=1)
+    x, dy, values = integers(70, 128), integers(70, 96), integers(t.nnzb, *t.block)
+    products(x, dy, values, t)
+    for mine, theirs in zip(t.arrays, other.arrays, strict=True):
+        mine.copy_(theirs)
+    for a, b in zip(products(x, dy, values, t), products(x, dy, values, other), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_large_results_are_like_all_others():
+    out = fresh(1030, 8190, torch.float32)
+    assert out.shape == (1030, 8190)
+    assert out.nbytes >= LARGE
+    assert out.is_contiguous()
+    assert int(out.fill_(1).sum(dtype=torch.float64)) == out.numel()
+    assert fresh(3, 5, torch.float64).dtype is torch.float64
 
 
 @pytest.mark.parametrize("name", NAMES)

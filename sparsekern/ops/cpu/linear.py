@@ -39,14 +39,19 @@ def spmm(
         (M, rows) of x's dtype.
     """
     run, kind = _plan(t, x)
-    added = None if bias is None else bias.to(kind)
-    y = run.spmm(x.to(kind), values.to(kind), t, added).to(x.dtype)
+    if kind is x.dtype:
+        y = run.spmm(x, values, t, bias)
+    else:
+        added = None if bias is None else bias.to(kind)
+        y = run.spmm(x.to(kind), values.to(kind), t, added).to(x.dtype)
     return y.relu_() if relu else y
 
 
 def spmm_t(dy: Tensor, values: Tensor, t: Topology) -> Tensor:
     """dx = dy w: (M, rows) of any strides -> (M, cols) of dy's dtype."""
     run, kind = _plan(t, dy)
+    if kind is dy.dtype:
+        return run.spmm_t(dy, values, t)
     return run.spmm_t(dy.to(kind), values.to(kind), t).to(dy.dtype)
 
 
@@ -56,13 +61,15 @@ def sddmm(dy: Tensor, x: Tensor, t: Topology, *, out: Tensor | None = None) -> T
     Added to `out` if it is given.
     """
     run, kind = _plan(t, x)
-    dw = run.sddmm(dy.to(kind), x.to(kind), t)
+    dw = run.sddmm(dy, x, t) if kind is x.dtype else run.sddmm(dy.to(kind), x.to(kind), t)
     return dw.to(x.dtype) if out is None else out.add_(dw)
 
 
 def backward(dy: Tensor, x: Tensor, values: Tensor, t: Topology) -> tuple[Tensor, Tensor]:
     """(dx, dw) of `spmm`, sharing what the two products have in common."""
     run, kind = _plan(t, x)
+    if kind is x.dtype:
+        return run.backward(dy, x, values, t)
     dx, dw = run.backward(dy.to(kind), x.to(kind), values.to(kind), t)
     return dx.to(dy.dtype), dw.to(values.dtype)
 

@@ -24,7 +24,8 @@ _FEATURES = str(get_host_cpu_features()).split(",")
 WIDTH = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else 16
 # how another machine's kernels are tested: the compiler splits what this one's registers can't hold
 WIDTH = int(os.environ.get("SPARSEKERN_VECTOR_BYTES", WIDTH))
-ROWS = 4 if WIDTH == 32 else 8
+ROWS = 8 if WIDTH == 64 else 6
+VECS = min(8, 256 // WIDTH)  # vectors of tokens that a tile of single entries takes at a time
 LANES = {4: WIDTH // 4, 8: WIDTH // 8}
 
 
@@ -40,6 +41,14 @@ def jit(function: F) -> F:
     if hasattr(store, "_source_stamp"):
         store._source_stamp = (store._source_stamp, _stamp(Path(__file__).parent))
     return cast(F, compiled)
+
+
+def inlined(function: F) -> F:
+    """Make `function` a part of the one jitted function for each type that calls it.
+
+    Compiled by itself it would be optimised twice, with all that it calls.
+    """
+    return cast(F, njit(inline="always", nogil=True, error_model="numpy")(function))
 
 
 def _stamp(folder: Path) -> tuple[Any, ...]:
@@ -133,83 +142,6 @@ def _primitive(count: int, emit: Callable[..., Any], result: Any = types.void) -
     return intrinsic(typer)
 
 
-def _tile(rows: int, vecs: int) -> Any:
-    """`c[rows, vecs] += a[rows, n] @ b[n, vecs]`: arguments c ldc a a_row a_col b b_row n."""
-
-    def tile(e: Any, *args: Any) -> None:
-        c, ldc, a, a_row, a_col, b, b_row, n = args
-        outs = [e.at(c, e.b.mul(ldc, e.num(r))) for r in range(rows)]
-        lefts = [e.at(a, e.b.mul(a_row, e.num(r))) for r in range(rows)]
-
-        def body(k: Any, acc: list[Any]) -> list[Any]:
-            right = e.at(b, e.b.mul(k, b_row))
-            shift = e.b.mul(k, a_col)
-            bs = [e.vload(right, v) for v in range(vecs)]
-            new = []
-            for r in range(rows):
-                w = e.splat(e.load(e.at(lefts[r], shift), e.elem))
-                new += [e.fma(w, bs[v], acc[r * vecs + v]) for v in range(vecs)]
-            return new
-
-        start = [e.vload(o, v) for o in outs for v in range(vecs)]
-        acc = e.loop(e.num(0), n, start, body)
-        for i, value in enumerate(acc):
-            e.vstore(value, outs[i // vecs], i % vecs)
-
-    return _primitive(8, tile)
-
-
-def _csr_row(vecs: int) -> Any:
-    """`out[vecs] = bias + sum_e w[e] x[idx[e], vecs]`: arguments out w idx lo hi x ldx bias."""
-
-    def csr_row(e: Any, *args: Any) -> None:
-        out, w, idx, lo, hi, x, ldx, bias = args
-        i32 = ir.IntType(32)
-
-        def body(i: Any, acc: list[Any]) -> list[Any]:
-            ws = e.splat(e.load(e.at(w, i), e.elem))
-            row = e.at(x, e.b.mul(e.b.sext(e.load(e.at(idx, i, 4), i32), e.i64), ldx))
-            return [e.fma(ws, e.vload(row, v), acc[v]) for v in range(vecs)]
-
-        # `bias` is an address; 0 means none (then read where reading is safe)
-        null = e.b.icmp_signed("==", bias, e.num(0))
-        safe = e.b.select(null, out, bias)
-        first = e.b.select(null, ir.Constant(e.elem, 0.0), e.load(safe, e.elem))
-        acc = e.loop(lo, hi, [e.splat(first)] * vecs, body)
-        for v in range(vecs):
-            e.vstore(acc[v], out, v)
-
-    return _primitive(8, csr_row)
-
-
-def _dots(count: int, vecs: int) -> Any:
-    """`out[j] += a[vecs] . x_j[vecs]`, j < count (4 or 1): arguments out a x_0 ... x_(count-1).
-
-    One dot is added up in the same order as four, so how entries are grouped changes no bit.
-    """
-
-    def dots(e: Any, out: Any, a: Any, *xs: Any) -> None:
-        left = [e.vload(a, v) for v in range(vecs)]
-        sums = []
-        for x in xs:
-            acc = e.b.fmul(left[0], e.vload(x, 0))
-            for v in range(1, vecs):
-                acc = e.fma(left[v], e.vload(x, v), acc)
-            sums.append(acc)
-        if e.vec.count < 4:
-            totals = [_fold(e, acc, 1) for acc in sums]
-        else:
-            p, q, r, s = sums * (4 // count)
-            totals = [_fold(e, _pair(e, _pair(e, p, q, 1), _pair(e, r, s, 1), 2), 4)]
-            if count == 1:
-                totals = [e.shuffle(totals[0], totals[0], [0])]
-        for j, total in enumerate(totals):
-            place = e.at(out, e.num(j))
-            e.store(e.b.fadd(e.load(place, total.type), total), place)
-
-    return _primitive(2 + count, dots)
-
-
 def _fold(e: Any, total: Any, count: int) -> Any:
     """Add the upper half of the lanes to the lower until `count` are left."""
     while total.type.count > count:
@@ -262,6 +194,14 @@ def _vmove(e: Any, dst: Any, src: Any) -> None:
     e.vstore(e.vload(src, 0), dst, 0)
 
 
+def _take(e: Any, job: Any, field: Any) -> Any:
+    return e.b.atomic_rmw("add", e.ptr(e.at(job, field, 8), e.i64), e.num(1), "seq_cst")
+
+
+def _field(e: Any, job: Any, field: Any) -> Any:
+    return e.load(e.at(job, field, 8), e.i64)
+
+
 def _vfill(e: Any, dst: Any, src: Any) -> None:
     # one scalar, read from an address, or 0 without one
     null = e.b.icmp_signed("==", src, e.num(0))
@@ -277,13 +217,26 @@ def _prefetch(e: Any, address: Any) -> None:
     e.b.call(call, [e.b.inttoptr(address, byte), *(ir.Constant(i32, v) for v in (0, 3, 1))])
 
 
-VECS = 4  # vectors per token tile of the token-contiguous kernels
-tile_wide, tile_one = _tile(ROWS, 2), _tile(1, 2)
-tok_four, tok_one = _tile(4, VECS), _tile(1, VECS)
-csr_row = _csr_row(VECS)
-dots4, dots1 = _dots(4, VECS), _dots(1, VECS)
 turn = _primitive(4, _turn)
 geti = _primitive(2, _geti, types.int64)
 move, clear = _primitive(4, _move), _primitive(2, _clear)
 vmove, vfill = _primitive(2, _vmove), _primitive(2, _vfill)
 prefetch = _primitive(1, _prefetch)
+# of a job, an array of int64: count up a field and return what it was; read a field
+take, field = _primitive(2, _take, types.int64), _primitive(2, _field, types.int64)
+
+
+@jit
+def cut(z: Any, ptr: int, rows: int, part: int, parts: int) -> int:
+    """First block row of a part, so that all parts hold about as many blocks."""
+    wanted = geti(z, (ptr, rows)) * part // parts
+    lo, hi = 0, rows
+    if part in (0, parts):
+        return rows if part else 0
+    while lo < hi:
+        middle = (lo + hi) // 2
+        if geti(z, (ptr, middle)) < wanted:
+            lo = middle + 1
+        else:
+            hi = middle
+    return lo

@@ -1,219 +1,192 @@
-"""numba kernels for wide blocks: both edges a multiple of two vectors (32 floats with AVX-512).
+"""numba kernels for wide blocks: both edges a multiple of two vectors (16 floats with AVX).
 
-Activations stay where they are: the vectors run over a block's outputs, the register tile is
-`ROWS` tokens by two vectors (in `wide_dots` `ROWS` rows of the block), and no activation is
-transposed. Bound: L3 reads of x and writes of y; in cache a tile runs at the dense product's rate.
+Activations stay where they are: the vectors run over a block's outputs, a register tile is `ROWS`
+tokens by two vectors and stays in registers over all blocks of a row. Bound: multiply-adds, while x
+comes from L3 or nearer; the parts of a job are ranges of tokens small enough for that.
 
 Tensors come as addresses, sizes and strides (in elements), so one compiled version serves every
-layout. A kernel does the part of the work that its ranges name; parts write disjoint outputs, so
-the number of threads changes no bit. `z` is a scalar of the element type, `eb` its bytes; `ptr`,
-`idx`, `slot` are addresses of int32 arrays.
+layout. `z` is a scalar of the element type, `eb` its bytes; `job` is one of `job.py`.
 """
 
 from typing import Any
 
 import numpy as np
 
+from sparsekern.ops.cpu.jit.job import (
+    BIAS,
+    BLOCK_ROWS,
+    IDX,
+    IN_EDGE,
+    NEXT,
+    OUT,
+    OUT_EDGE,
+    OUT_FEATURES,
+    OUT_ROW,
+    PARTS,
+    PTR,
+    SLOT,
+    SPAN,
+    SPLIT,
+    TOKENS,
+    TURNED,
+    X_COL,
+    X_FEATURES,
+    X_ROW,
+    W,
+    X,
+)
 from sparsekern.ops.cpu.jit.simd import (
     ROWS,
     WIDTH,
     clear,
+    cut,
+    field,
     geti,
+    inlined,
     jit,
     move,
-    prefetch,
-    tile_one,
-    tile_wide,
+    take,
     turn,
-    vfill,
     vmove,
 )
+from sparsekern.ops.cpu.jit.sums import sums_four, sums_most, sums_one, sums_two
 
-PASS = 64  # tokens of one pass over a block: the panels of a pass stay in cache
+PASS = 16 * ROWS  # tokens of one pass over a block row: what it reads of x stays in L2
+LEAST = 64  # tokens for which each thread takes all block rows
+UNIT = 2 * ROWS  # tokens that a part takes a multiple of
+COPY = 32  # tokens for which a copy of the weights in the order of reading pays
 
 
 @jit
-def _sweep(
-    z: Any, eb: int, rows: int, cols: int, c: Any, a: Any, b: Any, kn: int, soon: Any
-) -> None:
-    """`C[rows, cols] += A[rows, kn] B[kn, cols]` in register tiles; cols: a multiple of 2 vectors.
+def _row(z: Any, eb: int, cols: int, c: Any, bias: int, x: Any, b: Any, run: Any, end: Any) -> None:
+    """All blocks of one block row, one pass of tokens.
 
-    Rows of x are a page apart, where no hardware prefetcher follows, so each step over A asks for
-    a few rows of what is needed next: `soon` is (address or 0, stride, rows per step, bytes).
+    Args:
+        z: scalar of the element type.
+        eb: its bytes.
+        cols: outputs, a multiple of two vectors.
+        c: (address, row stride) of the first token's outputs.
+        bias: address of `cols` numbers.
+        x: (address of the first token, row stride, column stride, stride of a feature block).
+        b: (address, row stride, stride of a slot, stride from two vectors of outputs to the next).
+        run: (idx, slot, first block, last, depth of a block, all features).
+        end: (tokens of the pass, tokens from its start to where x is read no further).
     """
     step = 2 * (WIDTH // eb)
     for j in range(0, cols, step):
+        at = (b[0] + j // step * b[3] * eb, b[1], 0, b[2])
         g = 0
-        while g < rows:
-            if j == 0 and soon[0]:
-                for q in range(soon[2]):
-                    at = soon[0] + (g // ROWS * soon[2] + q) * soon[1] * eb
-                    for line in range(0, soon[3], 64):
-                        prefetch(z, (at + line,))
-            cg = c[0] + (g * c[1] + j) * eb
-            ag = a[0] + g * a[1] * eb
-            bj = b[0] + j * eb
-            if rows - g >= ROWS:
-                tile_wide(z, (cg, c[1], ag, a[1], a[2], bj, b[1], kn))
+        while g < end[0]:
+            cg = (c[0] + (g * c[1] + j) * eb, c[1], bias + j * eb, 0)
+            ag = (x[0] + g * x[1] * eb, x[1], x[2], x[3], 0)
+            # the first outputs ask for the rows that the next tile of tokens reads
+            lines = run[4] * eb // 64 if j == 0 and x[2] == 1 and g + 2 * ROWS <= end[1] else 0
+            rest = (ROWS * x[1] * eb, lines)
+            if end[0] - g >= ROWS:
+                sums_most(z, cg + ag + at + run + rest)
                 g += ROWS
+            elif end[0] - g >= 4:
+                sums_four(z, cg + ag + at + run + (0, 0))
+                g += 4
+            elif end[0] - g >= 2:
+                sums_two(z, cg + ag + at + run + (0, 0))
+                g += 2
             else:
-                tile_one(z, (cg, c[1], ag, a[1], a[2], bj, b[1], kn))
+                sums_one(z, cg + ag + at + run + (0, 0))
                 g += 1
 
 
 @jit
-def _turn_block(z: Any, eb: int, dst: int, src: int, rows: int, cols: int) -> None:
-    """Transpose a dense (rows, cols) block, both multiples of lanes."""
+def _panels(z: Any, eb: int, dst: int, w: int, bo: int, bi: int, run: Any, turned: int) -> None:
+    """Copy the blocks of a block row as panels (two vectors of outputs, blocks, features)."""
     lanes = WIDTH // eb
-    for i in range(0, rows, lanes):
-        for j in range(0, cols, lanes):
-            turn(z, (dst + (j * rows + i) * eb, rows, src + (i * cols + j) * eb, cols))
-
-
-@jit
-def _fill(z: Any, eb: int, dst: int, ldd: int, rows: int, cols: int, bias: int) -> None:
-    """Set each row to `bias` (an address; 0: to zero)."""
-    lanes = WIDTH // eb
-    for i in range(rows):
-        at = dst + i * ldd * eb
-        j = 0
-        while j + lanes <= cols:
-            if bias:
-                vmove(z, (at + j * eb, bias + j * eb))
+    step, count = 2 * lanes, run[3] - run[2]
+    for e in range(count):
+        s = geti(z, (run[1], run[2] + e)) if run[1] else run[2] + e
+        src = w + s * bo * bi * eb
+        for j in range(0, bo, lanes):
+            to = dst + (((j // step * count + e) * bi) * step + j % step) * eb
+            if turned:
+                for k in range(0, bi, lanes):
+                    turn(z, (to + k * step * eb, step, src + (j * bi + k) * eb, bi))
             else:
-                vfill(z, (at + j * eb, 0))
-            j += lanes
-        while j < cols:
-            if bias:
-                move(z, (at, j, bias, j))
-            else:
-                clear(z, (at, j))
-            j += 1
+                for k in range(bi):
+                    vmove(z, (to + k * step * eb, src + (k * bo + j) * eb))
 
 
 @jit
-def _row(
-    z: Any, eb: int, c: Any, x: Any, w: Any, arrays: Any, row: Any, turned: int, tokens: Any
-) -> None:
-    """The blocks of one block row of `wide_sum`, one pass of tokens (start, size, end of all)."""
-    bo, bi = w[1], w[2]
-    lo, hi = row
-    m, size, end = tokens
-    for e in range(lo, hi):
-        i = geti(z, (arrays[1], e)) * bi
-        b = turned + (e - lo) * bo * bi * eb
-        if not w[3]:
-            b = w[0] + geti(z, (arrays[2], e)) * bo * bi * eb
-        a = (x[0] + (m * x[1] + i * x[2]) * eb, x[1], x[2])
-        # next: the next block of the row, or the first one at the next pass
-        at, d = (m, e + 1) if e + 1 < hi else (m + PASS, lo)
-        near = x[0] + (at * x[1] + geti(z, (arrays[1], d)) * bi) * eb
-        if at + PASS > end or x[2] != 1:
-            near = 0
-        soon = (near, x[1], ROWS, bi * eb)
-        _sweep(z, eb, size, bo, c, a, (b, bo), min(bi, x[3] - i), soon)
+def _lead(z: Any, dst: int, bias: int, valid: int, edge: int) -> None:
+    """Copy a block row's bias (an address; 0: zero), zero beyond the last output."""
+    for j in range(edge):
+        if bias and j < valid:
+            move(z, (dst, j, bias, j))
+        else:
+            clear(z, (dst, j))
 
 
 @jit
-def wide_sum(
-    z: Any, eb: int, out: Any, x: Any, w: Any, arrays: Any, bias: int, rows: Any, tokens: Any
-) -> None:
-    """`out[m, o] = bias[o] + sum_i x[m, i] w[o, i]` for a range of block rows and of tokens.
-
-    Args:
-        z: scalar of the element type.
-        eb: its bytes.
-        out: (address, row stride, features).
-        x: (address, row stride, column stride, features).
-        w: (address, out edge, in edge, 1 if a stored block is (out, in) else 0).
-        arrays: (ptr, idx, slot); slot 0 means the identity.
-        bias: address or 0.
-        rows: range (start, stop) of block rows.
-        tokens: range (start, stop).
-    """
-    bo, bi, most = w[1], w[2], 0
+def _sum_rows(z: Any, eb: int, job: int, rows: Any, tokens: Any) -> None:
+    """One part of `wide_sum`: ranges of block rows and of tokens."""
+    bo, bi, out_row = field(z, (job, OUT_EDGE)), field(z, (job, IN_EDGE)), field(z, (job, OUT_ROW))
+    x_row, x_col, bias = field(z, (job, X_ROW)), field(z, (job, X_COL)), field(z, (job, BIAS))
+    ptr, turned, w, most = field(z, (job, PTR)), field(z, (job, TURNED)), field(z, (job, W)), 0
     for r in range(rows[0], rows[1]):
-        most = max(most, geti(z, (arrays[0], r + 1)) - geti(z, (arrays[0], r)))
-    scratch = np.empty((most * w[3] * bo * bi + PASS * bo) * eb + WIDTH, np.uint8)
-    edge = scratch.ctypes.data
-    turned = edge + PASS * bo * eb
+        most = max(most, geti(z, (ptr, r + 1)) - geti(z, (ptr, r)))
+    copied = turned or tokens[1] - tokens[0] >= COPY
+    step = 2 * (WIDTH // eb)
+    scratch = np.empty((copied * most * bo * bi + (PASS + 1) * bo) * eb, np.uint8)
+    lead = scratch.ctypes.data
+    edge = lead + bo * eb
+    panel = edge + PASS * bo * eb
     for r in range(rows[0], rows[1]):
-        lo, hi = geti(z, (arrays[0], r)), geti(z, (arrays[0], r + 1))
-        nb = min(bo, out[2] - r * bo)
-        if w[3]:
-            for e in range(lo, hi):
-                _turn_block(
-                    z, eb, turned + (e - lo) * bo * bi * eb, w[0] + e * bo * bi * eb, bo, bi
-                )
+        lo, hi = geti(z, (ptr, r)), geti(z, (ptr, r + 1))
+        run = (field(z, (job, IDX)), field(z, (job, SLOT)), lo, hi)
+        rest = (bi, field(z, (job, X_FEATURES)))
+        valid = min(bo, field(z, (job, OUT_FEATURES)) - r * bo)
+        _lead(z, lead, bias + r * bo * eb if bias else 0, valid, bo)
+        b = (w, bo, bo * bi, step)
+        if copied:
+            _panels(z, eb, panel, w, bo, bi, run, turned)
+            b = (panel - lo * bi * step * eb, step, bi * step, (hi - lo) * bi * step)
+            run = (run[0], 0, lo, hi)
         for m in range(tokens[0], tokens[1], PASS):
             size = min(PASS, tokens[1] - m)
-            home = out[0] + (m * out[1] + r * bo) * eb
-            c = (home, out[1]) if nb == bo else (edge, bo)
-            _fill(z, eb, c[0], c[1], size, nb, bias + r * bo * eb if bias else 0)
-            _row(z, eb, c, x, w, arrays, (lo, hi), turned, (m, size, tokens[1]))
-            if nb < bo:
+            home = field(z, (job, OUT)) + (m * out_row + r * bo) * eb
+            c = (home, out_row) if valid == bo else (edge, bo)
+            x = (field(z, (job, X)) + m * x_row * eb, x_row, x_col, bi * x_col)
+            _row(z, eb, bo, c, lead, x, b, run + rest, (size, tokens[1] - m))
+            if valid < bo:
                 for g in range(size):
-                    for j in range(nb):
-                        move(z, (home + g * out[1] * eb, j, edge + g * bo * eb, j))
+                    for j in range(valid):
+                        move(z, (home + g * out_row * eb, j, edge + g * bo * eb, j))
     scratch[0] = 0  # numba frees an array after its last use: this keeps it until here
 
 
-@jit
-def _panel(z: Any, eb: int, dst: int, x: Any, col: int, edge: int, start: int, size: int) -> None:
-    """Copy tokens x `edge` features of `x` to a dense panel, zero beyond the last feature."""
-    lanes = WIDTH // eb
-    valid = min(edge, x[3] - col)
-    for m in range(size):
-        src = x[0] + ((start + m) * x[1] + col * x[2]) * eb
-        at = dst + m * edge * eb
-        k = 0
-        while x[2] == 1 and k + lanes <= valid:
-            vmove(z, (at + k * eb, src + k * eb))
-            k += lanes
-        for j in range(k, valid):
-            move(z, (at, j, src, j * x[2]))
-        for j in range(valid, edge):
-            clear(z, (at, j))
+@inlined
+def wide_sum(z: Any, eb: int, job: int) -> None:
+    """`out[m, o] = bias[o] + sum_i x[m, i] w[o, i]`.
 
-
-@jit
-def wide_dots(
-    z: Any, eb: int, dw: int, dy: Any, x: Any, block: Any, arrays: Any, entries: Any, tokens: int
-) -> None:
-    """`dw[e] += dyᵀ x` for a range of blocks, all tokens.
-
-    Args:
-        z: scalar of the element type.
-        eb: its bytes.
-        dw: address of (nnzb, bh, bw), zeroed.
-        dy: (address, row stride, column stride, features).
-        x: likewise.
-        block: (bh, bw).
-        arrays: (crow, col).
-        entries: range (start, stop) of blocks.
-        tokens: M.
+    Parts: ranges of SPAN tokens, each cut in SPLIT ranges of block rows. TURNED: a stored block is
+    (out, in), else (in, out). SLOT 0: blocks are stored in the order of IDX.
     """
-    bh, bw = block
-    scratch = np.empty((PASS * (bh + bw)) * eb, np.uint8)
-    left = scratch.ctypes.data
-    right = left + PASS * bh * eb
-    first = 0
-    while geti(z, (arrays[0], first + 1)) <= entries[0]:
-        first += 1
-    for m in range(0, tokens, PASS):
-        size = min(PASS, tokens - m)
-        r, fresh = first, True
-        for e in range(entries[0], entries[1]):
-            while geti(z, (arrays[0], r + 1)) <= e:
-                r, fresh = r + 1, True
-            if fresh:
-                _panel(z, eb, left, dy, r * bh, bh, m, size)
-                fresh = False
-            _panel(z, eb, right, x, geti(z, (arrays[1], e)) * bw, bw, m, size)
-            c = (dw + e * bh * bw * eb, bw)
-            near = 0
-            if e + 1 < entries[1] and x[2] == 1 and size == PASS:
-                near = x[0] + (m * x[1] + geti(z, (arrays[1], e + 1)) * bw) * eb
-            soon = (near, x[1], -(-PASS * ROWS // bh), bw * eb)
-            _sweep(z, eb, bh, bw, c, (left, 1, bh), (right, bw), size, soon)
-    scratch[0] = 0  # numba frees an array after its last use: this keeps it until here
+    split, span = field(z, (job, SPLIT)), field(z, (job, SPAN))
+    tokens = field(z, (job, TOKENS))
+    ptr, count = field(z, (job, PTR)), field(z, (job, BLOCK_ROWS))
+    part = take(z, (job, NEXT))
+    while part < field(z, (job, PARTS)):
+        first, of = part // split * span, part % split
+        rows = (cut(z, ptr, count, of, split), cut(z, ptr, count, of + 1, split))
+        _sum_rows(z, eb, job, rows, (first, min(tokens, first + span)))
+        part = take(z, (job, NEXT))
+
+
+@jit
+def wide_sum_single(job: int) -> None:
+    """`wide_sum` of float32."""
+    wide_sum(np.float32(0), 4, job)
+
+
+@jit
+def wide_sum_double(job: int) -> None:
+    """`wide_sum` of float64."""
+    wide_sum(np.float64(0), 8, job)
