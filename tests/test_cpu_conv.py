@@ -1,10 +1,8 @@
 import importlib
 import itertools
 import random
-import shutil
 import threading
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import torch
@@ -390,23 +388,3 @@ def test_far_apart_taps_are_unfolded_in_bounded_windows(monkeypatch):
         found = backend.conv2d_backward(dy, x, values, small, g)
         assert torch.equal(found[0], dx)
         assert torch.equal(found[1], small.pack(dw.permute(0, 2, 3, 1).reshape(small.shape)))
-
-
-@pytest.mark.skipif("jit" not in NAMES, reason="needs numba")
-def test_a_kernel_on_disk_is_dated_by_every_file_of_its_folder(tmp_path):
-    simd = importlib.import_module("sparsekern.ops.cpu.jit.simd")
-    sweep = importlib.import_module("sparsekern.ops.cpu.jit.conv_sweep").sweep
-    folder, copied = Path(simd.__file__).parent, tmp_path / "jit"
-    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    assert simd._stamp(copied) == simd._stamp(folder)  # copytree keeps the dates
-    assert {"simd.py", "conv_sweep.py", "tiles.py"} <= {path.name for path in folder.glob("*.py")}
-    for path in copied.glob("*.py"):
-        before = simd._stamp(copied)
-        path.write_text(path.read_text() + "# edited\n")
-        assert simd._stamp(copied) != before, path.name
-    before = simd._stamp(copied)
-    (copied / "new.py").touch()
-    assert simd._stamp(copied) != before
-    store = getattr(sweep._cache, "_cache_file", None)
-    if store is not None:  # a folder to write to was found
-        assert len(store._source_stamp[1]) == len(simd._stamp(folder))  # a file may be edited now

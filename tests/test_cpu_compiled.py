@@ -1,6 +1,8 @@
-"""The compiled CPU products with the vectors of every kind of machine, whatever this one has."""
+"""How the CPU products are compiled: for the vectors of every kind of machine, and anew in time."""
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +76,22 @@ def test_exact_with_vectors_of(width, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "all equal\n"
+
+
+def test_a_kernel_on_disk_is_dated_by_every_file_of_its_folder(tmp_path):
+    simd = importlib.import_module("sparsekern.ops.cpu.jit.simd")
+    sweep = importlib.import_module("sparsekern.ops.cpu.jit.conv_sweep").sweep
+    folder, copied = Path(simd.__file__).parent, tmp_path / "jit"
+    shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    assert simd._stamp(copied) == simd._stamp(folder)  # copytree keeps the dates
+    assert {"simd.py", "conv_sweep.py", "tiles.py"} <= {path.name for path in folder.glob("*.py")}
+    for path in copied.glob("*.py"):
+        before = simd._stamp(copied)
+        path.write_text(path.read_text() + "# edited\n")
+        assert simd._stamp(copied) != before, path.name
+    before = simd._stamp(copied)
+    (copied / "new.py").touch()
+    assert simd._stamp(copied) != before
+    store = getattr(sweep._cache, "_cache_file", None)
+    if store is not None:  # a folder to write to was found
+        assert len(store._source_stamp[1]) == len(simd._stamp(folder))  # a file may be edited now
