@@ -173,7 +173,7 @@ def _launch(
         xs = tokens_contiguous(xs)
         yt = y.new_empty(n_out, ys.shape[0])
         indices = start, index, index if perm is None else perm, order
-        tensors = xs, values, *indices, x if bias is None else bias, yt
+        tensors = xs, values, *indices, xs if bias is None else bias, yt
         ordinary_kernel = plan.start(_csr_spmm_kernel, tensors, len(ys))
         if ordinary_kernel is not None:
             grid = (triton.cdiv(len(ys), tile.BM) * triton.cdiv(n_out, tile.BN),)

@@ -21,7 +21,10 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import sanitizer
 
+    from sparsekern.tuning.interpreter import steady_dots
+
     sanitizer.install()
+    steady_dots()
 
 
 @pytest.fixture(autouse=True)

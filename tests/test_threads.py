@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREAMBLE = """
 import faulthandler, os, signal, sys, threading
 import torch, sparsekern as sk
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.set_num_threads(2)
 layer = sk.SparseLinear(512, 512, sparsity=0.8, block=32)
 x = torch.randn(1024, 512)
@@ -45,6 +46,14 @@ def run_python(code):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.split()
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal's programs take it; the background jobs of a shell ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=["openmp", "pool"], autouse=True)
@@ -124,6 +133,7 @@ def test_a_task_that_was_not_run_is_an_error(kind, monkeypatch):
         threads.run([int, int, int])
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_after_an_interrupt_no_other_task_begins():
     ran = []
 

@@ -60,6 +60,10 @@ def work(name: str, args: argparse.Namespace) -> None:
     from benchmarks.gpu import cases, environment, report  # noqa: PLC0415  after TRITON_INTERPRET
     from benchmarks.gpu.bench import Bench  # noqa: PLC0415
     from benchmarks.gpu.correctness import Gate  # noqa: PLC0415
+    from sparsekern.tuning.interpreter import steady_dots  # noqa: PLC0415
+
+    if args.dry:
+        steady_dots()
     from benchmarks.gpu.parts import PARTS, default_device  # noqa: PLC0415
     from sparsekern.errors import told  # noqa: PLC0415
 

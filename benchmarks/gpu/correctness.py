@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.gpu.cases import DRY, FULL, Plan
 from sparsekern import ops
 from sparsekern.errors import told
+from sparsekern.tuning.interpreter import steady_dots
 from sparsekern.tuning.trial import (
     DTYPES,
     Block,
@@ -200,6 +201,8 @@ def main() -> None:
     args = parser.parse_args()
     block = (args.block[0], args.block[1])
     plan, device = (DRY, "cpu") if args.dry else (FULL, "cuda:0")
+    if args.dry:
+        steady_dots()
     rows = check_group(block, args.kind, plan, torch.device(device))
     sys.stdout.write(json.dumps(rows) + "\n")
 

@@ -134,7 +134,8 @@ class SparseLayer(HeldTopology):
             source: (nnzb,) int64, where each new block stood in CSR order; -1 for a new one.
             tensors: tensors of the shape of `values`, `values` among them; new blocks become 0.
         """
-        topology.known()  # validated before anything changes
+        topology.known()  # validated before anything changes, and so are the buffers as they are
+        _ = self.topology
         with torch.no_grad():
             if self.dense_mask is None:
                 for tensor in tensors:

@@ -27,6 +27,9 @@ from sparsekern.topology.known import Known
 _C: Any = torch._C  # untyped in torch
 _autograd: Any = torch.autograd
 
+_is_batched: Any = _C._functorch.is_legacy_batchedtensor
+_is_functional: Any = torch._is_functional_tensor
+
 
 def is_watched() -> bool:
     """Whether something has to see operators: asked at every call, in well under a microsecond.
@@ -59,13 +62,16 @@ def _has_function_mode() -> bool:
 def is_plain(*operands: Tensor | None) -> bool:
     """Whether kernels can read these as they lie: no subclass, and nothing left to be computed.
 
-    Negation may be lazy, as in the imaginary part of a conjugate; so may be zeros.
+    Negation may be lazy, as in the imaginary part of a conjugate; so may be zeros. Tensors that
+    batch gradients (`is_grads_batched`) or functionalize have torch's own type.
     """
     for t in operands:
         if t is None:
             continue
         kind = type(t)
         if (kind is not Tensor and kind is not nn.Parameter) or t.is_neg() or t._is_zerotensor():
+            return False
+        if _is_batched(t) or _is_functional(t):
             return False
     return True
 

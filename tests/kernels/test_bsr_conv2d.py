@@ -19,6 +19,7 @@ from conv_problems import (
 from kernel_cases import DTYPES, assert_exact, assert_loads_are_filled, assert_within_bound, ids
 
 from sparsekern.kernels import bsr_conv2d as module
+from sparsekern.kernels import bsr_conv2d_dgrad as backward_module
 from sparsekern.kernels import launch
 from sparsekern.kernels.bsr_conv2d import bsr_conv2d
 from sparsekern.kernels.bsr_conv2d_dgrad import bsr_conv2d_dgrad
@@ -158,8 +159,9 @@ def test_the_table_meets_every_geometry():
     assert {(w, True) for w, _, _ in GEOMETRIES} <= seen
 
 
-def test_masked_loads_are_filled():
-    assert_loads_are_filled(module)
+@pytest.mark.parametrize("kernels", [module, backward_module])
+def test_masked_loads_are_filled(kernels):
+    assert_loads_are_filled(kernels)
 
 
 FAULTS = {

@@ -189,6 +189,7 @@ POINT = problem((16, 16), 1, 1, (1, 1), window(1), 1, "full", "nchw")
 EMPTY = problem((16, 16), 20, 20, (2, 3), kind="empty")
 NOTHING = problem((16, 16), 20, 20, (2, 3), batch=0)
 SPARSE_PHASES = problem((16, 16), 17, 18, (5, 5), window(1, stride=(2, 3)), layout="nchw")
+MET_AND_NOT = problem((16, 16), 17, 18, (7, 7), window(3, stride=2), layout="nchw")
 COPIED = problem((16, 16), 17, 16, (3, 2), window((1, 2)), 3, layout="nchw")
 COPIED_BACK = problem((16, 16), 17, 16, (3, 2), window((2, 1)), 3, layout="channels")
 PARTS = problem((16, 16), 17, 18, (5, 7), batch=9)
@@ -219,6 +220,7 @@ KILLERS = {
     ],
     "bsr_conv2d_dgrad": [
         *((right, p, "dx") for p in (TINY, MIXED, MIXED_HALF, TURN_HALF, SPARSE_PHASES)),
+        (right, MET_AND_NOT, "dx"),
         *((right, p, "dx") for p in (POINT, EMPTY, NOTHING, MANY_TAPS)),
         (turned, TINY, "dx"),
         *((check, COPIED, "dx") for check in (right, chunked)),

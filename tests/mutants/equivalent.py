@@ -309,6 +309,25 @@ EQUIVALENT = (
         NOT_STORED,
     ),
     Equivalent("_bsr_conv2d_dgrad_kernel", "comparison", "m0 < N * rows * columns", None, WORK),
+    Equivalent("_bsr_conv2d_dgrad_kernel", "size swapped", "N", "M", WORK, "if m0 < N"),
+    Equivalent(
+        "_bsr_conv2d_dgrad_kernel", "branch fixed", "0 * row if WIDE else lane // IN", None, CHOICE
+    ),
+    Equivalent(
+        "_bsr_conv2d_dgrad_kernel",
+        "other dropped",
+        "tl.load(start_ptr + key, mask=met, other=0)",
+        None,
+        "assert_loads_are_filled tells: sums of the garbage wrap around to the same lists here",
+    ),
+    Equivalent("_options", "name swapped", "max", "min", CHOICE, "tile.LANES"),
+    Equivalent(
+        "csr_conv2d_wgrad",
+        "branch fixed",
+        "0 if has_adjacent_columns(a) else a.shape[1:].numel()",
+        "0",
+        "only bounds the memory of a launch",
+    ),
     # csr_conv2d
     Equivalent(
         "_csr_conv2d_kernel",

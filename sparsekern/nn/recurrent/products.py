@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsekern.nn.base import SparseLayer
 from sparsekern.ops import resolve
 from sparsekern.ops.cpu.choice import backend_for
-from sparsekern.ops.direct import is_plain, is_watched
+from sparsekern.ops.direct import is_watched
 from sparsekern.ops.dispatch import Backend, backend
 from sparsekern.ops.library import Operators
 from sparsekern.topology import Topology
@@ -50,13 +50,14 @@ class Recipe(NamedTuple):
     """How to make the product of a weight.
 
     Attributes:
-        make: makes it of `tensors`.
+        make: makes it of `tensors`, and of whether all that it will be given is plain
+            (`ops.direct.is_plain`): kernels read nothing else.
         tensors: the weight first; apart, so that an autograd function can save them.
         bias: of the weight, or None.
         topology: of a sparse weight, or None.
     """
 
-    make: Callable[[Sequence[Tensor]], Product]
+    make: Callable[[Sequence[Tensor], bool], Product]
     tensors: tuple[Tensor, ...]
     bias: Tensor | None
     topology: Topology | None = None
@@ -69,12 +70,14 @@ class _Sparse:
     operator's dispatch, which costs as much as a small product.
     """
 
-    def __init__(self, topology: Topology, impl: str, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, topology: Topology, impl: str, tensors: Sequence[Tensor], plain: bool
+    ) -> None:
         (self.values,) = tensors
         self.topology = topology
         self.impl = impl
         # no short way for fake tensors, or for index arrays that torch does not follow
-        known = topology.known() if is_plain(self.values) else None
+        known = topology.known() if plain else None
         self.free = known is not None and not is_watched()
         self.run: Backend = backend(impl) if self.free else Operators(impl)
         # whoever watches: the bits of a layer don't depend on it
@@ -111,7 +114,7 @@ class _Dense:
 
     compiled = False
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], plain: bool) -> None:  # noqa: ARG002
         weight, *mask = tensors
         self.mask = mask[0] if mask else None
         self.weight = weight if self.mask is None else weight * self.mask
@@ -130,10 +133,10 @@ class _Dense:
 class _Unpacked(_Dense):
     """`impl="dense"`: sparse storage, and a dense weight that lives as long as the product."""
 
-    def __init__(self, topology: Topology, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, topology: Topology, tensors: Sequence[Tensor], plain: bool) -> None:
         (values,) = tensors
         self.topology = topology
-        super().__init__([self.topology.unpack(values)])
+        super().__init__([self.topology.unpack(values)], plain)
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         return self.topology.pack(dy.t() @ x)

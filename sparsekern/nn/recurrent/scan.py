@@ -24,6 +24,7 @@ from sparsekern.nn.recurrent.compiled import BACKWARD
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.products import Product, recipe_of
 from sparsekern.ops import capture
+from sparsekern.ops.direct import is_plain
 from sparsekern.ops.library import check_unchanged, is_traced
 from sparsekern.ops.ranges import ranged
 from sparsekern.topology import Topology
@@ -86,7 +87,7 @@ class _Weight(NamedTuple):
     `key` is the one under which it is observed, or 0.
     """
 
-    make: Callable[[Sequence[Tensor]], Product]
+    make: Callable[[Sequence[Tensor], bool], Product]
     tensors: int
     topology: Topology | None
     key: int
@@ -111,11 +112,16 @@ class _Plan(NamedTuple):
         steps = len(self.sizes)
         return range(steps - 1, -1, -1) if self.reverse else range(steps)
 
-    def products(self, tensors: Sequence[Tensor]) -> list[Product]:
-        """The products, of the tensors of their recipes one after the other."""
+    def products(self, tensors: Sequence[Tensor], *, plain: bool) -> list[Product]:
+        """The products, of the tensors of their recipes one after the other.
+
+        Args:
+            tensors: of all recipes.
+            plain: whether kernels can read all that the products will be given.
+        """
         made, start = [], 0
         for weight in self.weights:
-            made.append(weight.make(tensors[start : start + weight.tensors]))
+            made.append(weight.make(tensors[start : start + weight.tensors], plain))
             start += weight.tensors
         return made
 
@@ -182,7 +188,8 @@ def _forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run over time; returns what backward needs, the outputs first, and the final states."""
     kind, batch = KINDS[plan.kind], plan.sizes[0]
-    product, *projection = plan.products(weights)
+    plain = is_plain(inputs, bias, *initial, *weights)
+    product, *projection = plan.products(weights, plain=plain)
     size = inputs.shape[1] // kind.gates
     tokens = inputs.shape[0] if plan.keep else batch
     cut = plan.rows if plan.keep else plan.shared
@@ -222,11 +229,15 @@ def _backward(
 ) -> list[Tensor | None]:
     """Walk back; `needed` is of inputs, bias, states and weights, and so is the result."""
     kind, batch = KINDS[plan.kind], plan.sizes[0]
-    product, *projection = plan.products(weights)
+    plain = is_plain(gradients[0], *gradients[1], *initial, *weights, *kept)
+    product, *projection = plan.products(weights, plain=plain)
     out, gates, *extra = kept
     cells = extra[: kind.states - 1]
     last = [_previous(plan, new, old) for new, old in zip([out, *cells], initial, strict=True)]
-    start = BACKWARD.get(plan.kind, kind.backward) if product.compiled else kind.backward
+    # hooks on saved tensors may have given back others: the compiled walk reads rows of one type
+    as_kept = all(k.is_contiguous() and k.dtype is gradients[0].dtype for k in kept)
+    compiled = product.compiled and as_kept
+    start = BACKWARD.get(plan.kind, kind.backward) if compiled else kind.backward
     walk = start(gates, last, [out, *cells], plan.rows)
     dy, d_state = plan.rows(gradients[0]), [_own(d) for d in gradients[1]]
     d_out = torch.empty_like(out) if projection else out
