@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.correctness import Row
-from sparsekern import Topology, ops
+from sparsekern import Topology
+from sparsekern.ops.dispatch import backend
 from sparsekern.tuning.trial import Operands, precision, random_topology
 
 DENSITY = 0.1
@@ -63,14 +64,14 @@ def _forward_variants(bench: Bench, edge: int) -> Row:
         one = Topology.random((shape.N, shape.K), block, nnzb=1, device=bench.device)
         topologies = {
             "random": random_topology(shape, block, DENSITY, bench.device),
-            # forward reads crow and col alone
+            # no topology, and kernels only: forward reads crow and col alone, and checks nothing
             "hot": replace(o.topology, col=torch.zeros_like(o.topology.col)),
             "even": _even(o.topology),
             "one block": one,
         }
         weights = {name: (t, _values(o, t)) for name, t in topologies.items()}
         runs = {
-            name: (lambda t=t, v=v: ops.spmm(o.x, v, t, impl="triton"))
+            name: (lambda t=t, v=v: backend("triton").spmm(o.x, v, t, None))
             for name, (t, v) in weights.items()
         }
         timing = bench.time(runs)
