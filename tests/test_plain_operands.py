@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsekern import SparseGRU, SparseGRUCell, SparseLinear, SparseLSTM, SparseLSTMCell
+from sparsekern.errors import TopologyError
 
 CELLS = [SparseGRUCell, SparseLSTMCell]
 LAYERS = [SparseGRU, SparseLSTM]
@@ -30,21 +31,27 @@ def test_a_lazily_negated_operand_of_a_cell(kind, what):
     assert torch.equal(run(given | {what: negated(given[what])}), run(given))
 
 
+def column_major(t):
+    """Equal values in another memory format, as a hook on saved tensors may give them back."""
+    return t.t().contiguous().t() if t.dim() == 2 else t
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("block", [1, 16])
 def test_saved_tensors_in_another_memory_format(kind, block):
-    layer = kind(24, 32, sparsity=0.5, block=block)
-    found = []
-    for pack in (lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t):
-        x = torch.randn(5, 3, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer = kind(24, 32, sparsity=0.5, block=block, dtype=torch.float64)
+
+    def gradients(pack):
+        x = torch.randn(5, 3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         layer.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = layer(x)[0]
+            y = layer(x.requires_grad_())[0]
         y.square().sum().backward()
-        found.append([x.grad, *(p.grad for p in layer.parameters())])
-    for a, b in zip(*found, strict=True):
-        u = 2.0**-24 * 64  # sums of fewer than 64 terms, in two orders
-        assert bool(((a - b).abs() <= 4 * u * a.abs().max()).all())
+        return [x.grad, *(p.grad for p in layer.parameters())]
+
+    for got, want in zip(gradients(column_major), gradients(lambda t: t), strict=True):
+        # two orders of sums over five steps: rounding of 2^-53 grows by far less than 2^13
+        assert bool(((got - want).abs() <= 2.0**-40 * want.abs().max()).all())
 
 
 def test_gradients_of_a_batch_at_once():
@@ -62,5 +69,5 @@ def test_an_update_vouches_for_no_foreign_buffer(change):
     topology = layer.topology.clone()
     source = torch.arange(topology.nnzb)
     layer.col = change(layer.col)
-    with pytest.raises(Exception, match="`col` must"):
+    with pytest.raises(TopologyError, match="`col` must"):
         layer.rewire_(topology, source, [layer.values.data])
