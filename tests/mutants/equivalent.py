@@ -318,16 +318,9 @@ EQUIVALENT = (
         "other dropped",
         "tl.load(start_ptr + key, mask=met, other=0)",
         None,
-        "assert_loads_are_filled tells: sums of the garbage wrap around to the same lists here",
+        "the interpreter drops a scalar `other` of 0, of `hi` too; assert_loads_are_filled tells",
     ),
     Equivalent("_options", "name swapped", "max", "min", CHOICE, "tile.LANES"),
-    Equivalent(
-        "csr_conv2d_wgrad",
-        "branch fixed",
-        "0 if has_adjacent_columns(a) else a.shape[1:].numel()",
-        "0",
-        "only bounds the memory of a launch",
-    ),
     # csr_conv2d
     Equivalent(
         "_csr_conv2d_kernel",
