@@ -60,9 +60,10 @@ def change(
         OptimizerError: a state can't follow; nothing has changed then.
     """
     chain = [inner for optimizer in optimizers for inner in unwrapped(optimizer)]
-    states = {
-        n: [t for o in chain for t in state_tensors(o, n, layers[n].values)] for n in decisions
-    }
+    states = {}
+    for name in decisions:
+        found = [t for o in chain for t in state_tensors(o, name, layers[name].values)]
+        states[name] = list({id(t): t for t in found}.values())  # a wrapper may show another's
     for name, (update, _, values) in decisions.items():
         layer = layers[name]
         with ranged("rewire", name):

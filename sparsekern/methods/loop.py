@@ -60,6 +60,7 @@ class Loop:
         self._moving = False  # that step changes weights
         self._round: list[torch.optim.Optimizer] = []  # who has stepped in it
         self._moved = False  # a step of this round did
+        self._warned = False  # that none of the passes was followed by a step
         self._passed = False  # there was a backward pass since the last step
 
     # ---- for the subclass
@@ -259,7 +260,8 @@ class Loop:
 
     def _count_pass(self, passes: int) -> None:
         self._passed = True
-        if passes == PASSES_WITHOUT_STEP * self.grad_accumulation:
+        if passes == PASSES_WITHOUT_STEP * self.grad_accumulation and not self._warned:
+            self._warned = True
             log.warning(
                 "%d backward passes and no step of the optimizer that %s is attached to: "
                 "attach it to the one that takes the steps",
