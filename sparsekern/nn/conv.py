@@ -23,7 +23,7 @@ from sparsekern.nn.conv_arguments import (
     check_groups,
     padding_of,
 )
-from sparsekern.nn.init import draw_uniform_
+from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.ops import GrowScores
 from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.masked import dense_conv2d, to_kernel, to_matrix
@@ -135,9 +135,11 @@ class SparseConv(SparseLayer):
         self.bias = nn.Parameter(empty) if bias else None
         self.reset_parameters(generator)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+    ) -> None:
         """Draw values scaled by each neuron's active inputs, and the bias as torch does."""
-        self.reset_values(generator)
+        self.reset_values(generator, gain)
         if self.bias is not None:
             draw_uniform_(self.bias.data, generator, 1 / math.sqrt(self.matrix_shape[1]))
 

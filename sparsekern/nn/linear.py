@@ -11,7 +11,7 @@ from sparsekern import ops
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.connections import check_mask, check_topology, topology_of
-from sparsekern.nn.init import draw_uniform_
+from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block, Grid
 
@@ -70,9 +70,11 @@ class SparseLinear(SparseLayer):
         self.bias = nn.Parameter(empty) if bias else None
         self.reset_parameters(generator)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+    ) -> None:
         """Draw values scaled by each neuron's active inputs, and the bias as `nn.Linear` does."""
-        self.reset_values(generator)
+        self.reset_values(generator, gain)
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             draw_uniform_(self.bias.data, generator, bound)
