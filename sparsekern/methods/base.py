@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparsekern.carry.followers import follows
 from sparsekern.carry.optimizer_state import check_followable
 from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
@@ -197,6 +198,10 @@ class Method(Loop):
             f"update_freq={s.freq}, drop_fraction={s.drop_fraction}, decay={s.decay!r}, "
             f"weight_steps={self.weight_steps}, updates={len(self.history)})"
         )
+
+    def _attach(self) -> None:
+        super()._attach()
+        follows(self, self.layers.values())
 
     def _watch(self, due: bool) -> None:
         fraction = self.schedule.fraction(self.weight_steps)

@@ -233,15 +233,22 @@ class SparseConv(SparseLayer):
         cls, module: nn.Conv1d | nn.Conv2d, topology: Topology, *, impl: str | None = None
     ) -> Self:
         """Take over a dense layer with the weights that `topology` makes active."""
-        layer = cls(
+        layer = cls.shaped_like(module, topology, impl)
+        return layer._take_from(module, matrix_of(module.weight.detach()))
+
+    @classmethod
+    def shaped_like(
+        cls, module: nn.Conv1d | nn.Conv2d | SparseConv, topology: Topology, impl: str | None
+    ) -> Self:
+        """A layer of another one's settings, dtype and device, with values to be overwritten."""
+        return cls(
             *_arguments(module),
             topology=topology,
             impl=impl,
-            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten below
+            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        return layer._take_from(module, matrix_of(module.weight.detach()))
 
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """Torch's own layer with the same weights, zeros filled in."""

@@ -132,17 +132,24 @@ class SparseLinear(SparseLayer):
         cls, module: nn.Linear, topology: Topology, *, impl: str | None = None
     ) -> SparseLinear:
         """Take over a dense layer with the weights that `topology` makes active."""
-        layer = cls(
+        layer = cls.shaped_like(module, topology, impl)
+        return layer._take_from(module, module.weight.detach())
+
+    @classmethod
+    def shaped_like(
+        cls, module: nn.Linear | SparseLinear, topology: Topology, impl: str | None
+    ) -> SparseLinear:
+        """A layer of another one's size, dtype and device, with values to be overwritten."""
+        return cls(
             module.in_features,
             module.out_features,
             module.bias is not None,
             topology=topology,
             impl=impl,
-            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten below
+            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        return layer._take_from(module, module.weight.detach())
 
     def to_dense(self) -> nn.Linear:
         """An `nn.Linear` with the same weights, zeros filled in."""

@@ -73,7 +73,7 @@ def _bound(hook: Any, new: nn.Module) -> Any:
 
 def _take_attributes(name: str, old: nn.Module, new: nn.Module) -> list[str]:
     lost = []
-    usual = _usual(type(old))
+    usual = _usual(_kind(old))
     for key, value in vars(old).items():
         if key in usual or key in _pruned(old):
             continue
@@ -93,7 +93,7 @@ def _take_attributes(name: str, old: nn.Module, new: nn.Module) -> list[str]:
 
 def _take_held(name: str, old: nn.Module, new: nn.Module) -> list[str]:
     """Parameters, buffers and submodules besides the layer's own."""
-    lost, usual = [], _usual(type(old))
+    lost, usual = [], _usual(_kind(old))
     for kind in _HELD:
         for key, value in vars(old)[kind].items():
             if key in usual or _is_matrix(old, key) or key.rpartition("_")[0] in _pruned(old):
@@ -122,17 +122,18 @@ def _is_matrix(module: nn.Module, key: str) -> bool:
     return type(module) in RECURRENT and key.startswith(("weight_", "bias_"))
 
 
+def _kind(module: nn.Module) -> Any:
+    """The class of torch or of ours that it is of, or is derived from."""
+    kinds = type(module).__mro__
+    return next(kind for kind in kinds if kind in SPARSE_TYPES or kind in _DENSE_TYPES)
+
+
 @functools.cache
-def _usual(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of all that a fresh module of this class holds."""
-    dense = _DENSE_TYPES.get(kind, kind)
-    with torch.device("cpu"), torch.no_grad():
-        make: Any = nn.utils.skip_init  # draws nothing
-        module: nn.Module = make(dense, 1, 1, 1)
-        for parameter in module.parameters():
-            parameter.zero_()
-        if kind is not dense:
-            convert: Any = kind
-            module = convert.from_dense(module)
+def _usual(kind: Any) -> frozenset[str]:
+    """Names of all that a fresh module of this class, torch's or ours, holds."""
+    dense: Any = _DENSE_TYPES.get(kind, kind)
+    with torch.random.fork_rng(devices=()), torch.device("cpu"):  # draws nothing of the caller's
+        module = dense(1, 1, 1) if issubclass(dense, nn.Conv1d | nn.Conv2d) else dense(1, 1)
+        module = module if kind is dense else kind.from_dense(module)
     held = (key for place in _HELD for key in vars(module)[place])
     return frozenset((*vars(module), *held))

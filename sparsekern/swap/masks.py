@@ -145,7 +145,10 @@ def _tell_what_is_cut_off(target: Target) -> None:
     groups, neurons = int((per_group == 0).sum()), int((inputs == 0).sum())
     if groups:
         log.warning(
-            "the mask of layer %r leaves %d of %d groups empty", target.name, groups, topology.groups
+            "the mask of layer %r leaves %d of %d groups empty",
+            target.name,
+            groups,
+            topology.groups,
         )
     elif neurons:
         log.info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +27,7 @@ Blocks = Block | Mapping[Pattern, Block] | Callable[[str, nn.Module], Block]
 
 GLOBAL = "global"
 NO_SHARE = "its share of the sparsity is 0, and dense is faster"
+NO_MORE = "it is sparse already, and its share is no more"
 
 
 class Planned(NamedTuple):
@@ -91,7 +93,15 @@ def by_distribution(
     choice = choice.leaving(unfit(choice.targets, block, known))
     if distribution == GLOBAL and choice.targets:
         choice = choice._replace(targets=_over_all(choice.targets, sparsity))
+    choice = choice.leaving({t.name: NO_MORE for t in choice.targets if _is_no_sparser(t)})
     return choice.leaving({t.name: NO_SHARE for t in choice.targets if t.sparsity == 0})
+
+
+def _is_no_sparser(target: Target) -> bool:
+    module = target.module
+    return isinstance(module, SparseLayer) and (
+        active_count(target.size, target.sparsity) >= module.nnz
+    )
 
 
 def by_plan(choice: Choice, plan: Plans, known: Sequence[Target]) -> Choice:
@@ -182,7 +192,7 @@ def _why_unfit(target: Target, error: Exception) -> str:
         return f"a block of {as_block(target.block)} is larger than its {height} by {width}" + (
             " channels at a tap" if len(target.shape) > 2 else ""
         )
-    blocks = round(active_count(target.size, target.sparsity) / torch.Size(target.block).numel())
+    blocks = round(active_count(target.size, target.sparsity) / math.prod(as_block(target.block)))
     return f"its share is {blocks} blocks for {target.weight.groups} groups"
 
 
@@ -232,13 +242,15 @@ def _over_all(targets: list[Target], sparsity: float) -> list[Target]:
         least = min(max(target.weight.groups, 1), pool.scores.numel())
         best = torch.argsort(pool.scores, descending=True, stable=True)[:least]
         pool.scores[best] = torch.inf
-    scores, sizes = (torch.cat([getattr(p, name).cpu() for p in pools]) for name in _Pool._fields[1:])
+    scores, sizes = (
+        torch.cat([getattr(p, name).cpu() for p in pools]) for name in _Pool._fields[1:]
+    )
     order = torch.argsort(scores, descending=True, stable=True)
     wanted = active_count(sum(target.size for target in targets), sparsity)
     n = max(count_within(sizes[order], wanted), int(scores.isinf().sum()))
     keep = torch.zeros(len(order), dtype=torch.bool)
     keep[order[:n]] = True
-    parts = keep.split([len(pool.scores) for pool in pools])
+    parts = torch.split(keep, [len(pool.scores) for pool in pools])
     return list(_at(targets, pools, parts))
 
 

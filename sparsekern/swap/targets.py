@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError
 from sparsekern.nn import SparseLayer
+from sparsekern.nn.conv import SparseConv
 from sparsekern.nn.kinds import Weight, is_depthwise, weights_of
 from sparsekern.nn.pruned import pruned_tensors, unpruned
 from sparsekern.nn.recurrent import SparseRecurrent
@@ -127,14 +128,17 @@ def choose(
     exclude: Sequence[Pattern],
     *,
     first_conv_stays: bool,
+    named: bool = False,
 ) -> Choice:
     """Sort the model's targets by what the caller and the defaults say.
+
+    `named`: each layer is named by the caller, so that the field's habits do not count.
 
     Raises:
         ConfigError: an `exclude` pattern matches nothing.
     """
     excluded = _excluded(model, known, exclude)
-    why_not = _by_filter(filter_fn) if filter_fn else _by_default(model, first_conv_stays)
+    why_not = _by_filter(filter_fn) if filter_fn else _by_default(model, first_conv_stays, named)
     targets, dense = [], {}
     for target in known:
         reason = "it has no weights" if not target.size else excluded.get(target.name)
@@ -146,9 +150,7 @@ def choose(
     return Choice(targets, dense)
 
 
-def _excluded(
-    model: nn.Module, known: list[Target], exclude: Sequence[Pattern]
-) -> dict[str, str]:
+def _excluded(model: nn.Module, known: list[Target], exclude: Sequence[Pattern]) -> dict[str, str]:
     """Targets that a pattern of `exclude` leaves out, with all that a module contains."""
     out = {}
     names = dict.fromkeys([n for n, _ in model.named_modules()] + [t.name for t in known])
@@ -168,13 +170,13 @@ def _by_filter(filter_fn: Filter) -> Callable[[Target], str]:
     )
 
 
-def _by_default(model: nn.Module, first_conv_stays: bool) -> Callable[[Target], str]:
+def _by_default(model: nn.Module, first_conv_stays: bool, named: bool) -> Callable[[Target], str]:
     """What the field leaves dense; what is sparse or pruned was somebody's choice already."""
     shared = shared_parameters(model)
     first = _first_convolution(model) if first_conv_stays else None
 
     def why_not(target: Target) -> str:
-        chosen = target.pruned is not None or isinstance(target.module, SparseLayer)
+        chosen = named or target.pruned is not None or isinstance(target.module, SparseLayer)
         if not shared.isdisjoint(map(id, target.module.parameters(recurse=False))):
             return "it shares a parameter with another module"
         if is_depthwise(target.module):
@@ -214,4 +216,11 @@ def _is_within(name: str, part: str) -> bool:
 
 
 def _first_convolution(model: nn.Module) -> nn.Module | None:
-    return next((m for m in model.modules() if type(m) in (nn.Conv1d, nn.Conv2d)), None)
+    return next(
+        (
+            m
+            for m in model.modules()
+            if isinstance(m, SparseConv) or type(m) in (nn.Conv1d, nn.Conv2d)
+        ),
+        None,
+    )
