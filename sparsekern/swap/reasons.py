@@ -12,6 +12,7 @@ NOT_CALLED = "`sparsify_` has not been called for it"
 MADE = "something else makes its weight"
 
 _KINDS: dict[type[nn.Module], str] = {
+    parametrize.ParametrizationList: f"{MADE} (a parametrization)",
     nn.Embedding: "it is an embedding",
     nn.EmbeddingBag: "it is an embedding",
     nn.modules.conv._ConvTransposeNd: "it is a transposed convolution",
@@ -26,8 +27,6 @@ def reason(module: nn.Module, dimensions: int, *, is_shared: bool) -> str:
         return "it shares a parameter with another module"
     if kind in SPARSE_TYPES:
         return _usual(module)
-    if parametrize.is_parametrized(module):
-        return f"{MADE} (a parametrization)"
     base = next((base for base in SPARSE_TYPES if isinstance(module, base)), None)
     if base is not None:
         return f"{kind.__name__} is a subclass of nn.{base.__name__}"

@@ -39,9 +39,8 @@ def write(model: nn.Module, new: Asked | None, undo: Undo) -> None:
     if new is None:
         own.pop(_KEY, None)
         return
-    if before is not None:
-        layers = {n: share for n, share in before["layers"].items() if n not in new.dense}
-        new = new._replace(layers=layers | new.layers)
+    if before is not None:  # a layer that is sparse already was asked then
+        new = new._replace(layers=before["layers"] | new.layers)
     own[_KEY] = new._asdict()  # a plain dict: a pickle needs no class of ours
 
 
