@@ -1,4 +1,4 @@
-"""An optimizer goes on with a model that turns sparse, hooks and attributes stay, all or nothing."""
+"""An optimizer goes on with a model that turns sparse; hooks stay; all or nothing."""
 
 import copy
 import logging
