@@ -48,7 +48,12 @@ def pair(family="linear", block=1, **kwargs):
     )
     dense = sk.densify_(copy.deepcopy(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, dense, optimizer, sk.RigL(model, optimizer, t_end=100, drop_fraction=0.5, **kwargs)
+    return (
+        model,
+        dense,
+        optimizer,
+        sk.RigL(model, optimizer, t_end=100, drop_fraction=0.5, **kwargs),
+    )
 
 
 def data(model, seed=0):
@@ -97,7 +102,7 @@ def check(model, dense, optimizer, method, norm="l1"):
     assert got != before
 
 
-def penalty(f, x, norm=True):
+def penalty(f, x):
     x = x.clone().requires_grad_()
     y = f(x).square().mean()
     (g,) = torch.autograd.grad(y, x, create_graph=True)
@@ -243,7 +248,7 @@ def test_micro_batches_may_fill_one_tensor_again():
 
 
 def test_a_gradient_that_was_not_seen_whole_postpones(caplog):
-    model, dense, optimizer, method = pair()
+    model, _, optimizer, method = pair()
     method.detach()
     loss_of(model, data(model)).backward()
     method = sk.RigL(model, optimizer, t_end=10)
@@ -271,7 +276,7 @@ def test_too_few_passes_are_told_once(caplog):
 class Experts(nn.Module):
     """Two experts, and one that nobody asks."""
 
-    def __init__(self, last=True):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.parts = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
@@ -308,7 +313,9 @@ def test_nothing_outlives_its_use():
 
     def spy(dy, x):
         receive(dy, x)
-        refs.extend(weakref.ref(t) for p in observer._running.values() for q in p.pairs for t in q[:2])
+        refs.extend(
+            weakref.ref(t) for p in observer._running.values() for q in p.pairs for t in q[:2]
+        )
 
     observer.receive = spy
     for run in (lambda: loss_of(model, data(model)).backward(), optimizer.zero_grad):
@@ -376,3 +383,13 @@ def test_too_many_passes_are_an_error():
         loss_of(model, data(model, seed)).backward()
     with pytest.raises(TrainingLoopError, match="saw 2 backward passes.*expected 1"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("family", PRODUCTS)
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_pair_of_no_tokens_has_a_gradient_of_zeros(family, block):
+    layer = pair(family, block)[0].first
+    scores = layer.grow_scores(*([t] for t in layer.no_pair()), 3, "l1", lambda slab: None)
+    assert not scores.active.any()
+    assert not scores.scores.any()
+    assert scores.positions.numel() == 3
