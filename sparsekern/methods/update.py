@@ -67,7 +67,7 @@ def _grow_compiled(
     native: ModuleType, topology: Topology, keep: Tensor, n: int, scores: GrowScores
 ) -> Tensor:
     """The same by merging: both lists of positions ascend already."""
-    count = keep.numel() - int(keep.sum()) + scores.positions.numel()
+    count = keep.numel() - native.count(keep.numpy()) + scores.positions.numel()
     positions, values = scores.positions.new_empty(count), scores.scores.new_empty(count)
     native.merge_dropped(
         *(t.numpy() for t in (topology.positions(), keep, *scores, positions, values))
@@ -95,7 +95,7 @@ def rewire(topology: Topology, keep: Tensor, grown: Tensor) -> TopologyUpdate:
     native = loops(old.numel(), old, keep, grown)
     if native is not None:
         grown = grown if native.ascending(grown.numpy()) else grown.sort().values
-        new = grown.new_empty(int(keep.sum()) + grown.numel())
+        new = grown.new_empty(native.count(keep.numpy()) + grown.numel())
         source = torch.empty_like(new)
         native.merge_grown(*(t.numpy() for t in (old, keep, grown, new, source)))
         return TopologyUpdate(topology.with_positions(new), source)

@@ -173,7 +173,10 @@ def stream_grow_scores(
 
 
 def _take_active(scores: Tensor, topology: Topology, first: int, last: int, active: Tensor) -> None:
-    """Copy the scores of active blocks in block rows [first, last) to `active`, and put out -inf."""
+    """Make scores magnitudes; move those of active blocks in block rows [first, last) to `active`.
+
+    They leave -inf behind.
+    """
     crow, cols = topology.crow[first : last + 1], topology.block_cols
     native = loops(scores.numel(), scores, crow, topology.col, active)
     if native is not None:
@@ -183,7 +186,7 @@ def _take_active(scores: Tensor, topology: Topology, first: int, last: int, acti
     lo, hi = int(crow[0]), int(crow[-1])
     rows = torch.repeat_interleave(crow.long().diff(), output_size=hi - lo)
     at = rows * cols + topology.col[lo:hi]
-    active.copy_(scores[at])
+    active.copy_(scores.abs_()[at])
     scores[at] = -torch.inf
 
 
@@ -204,8 +207,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _slab_scores(slab: Tensor, grid: Grid, block_rows: int, norm: str) -> Tensor:
-    """Flat block scores of a slab, which is used up."""
+    """Flat block scores of a slab, which is used up; single entries keep their sign."""
     if grid.block == (1, 1):
-        return slab.abs_().flatten()
+        return slab.flatten()  # `_take_active` makes them magnitudes
     part = Grid((len(slab), grid.shape[1]), grid.block, block_rows, grid.cols, 1, grid.taps)
     return NORMS[norm](tiles_of(slab, part), (1, 3)).flatten()

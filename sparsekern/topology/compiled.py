@@ -160,8 +160,19 @@ def offer(
 
 
 @jit
+def count(mask: Any) -> int:
+    """How many are true."""
+    n = 0
+    for i in range(mask.size):
+        n += mask[i]
+    return n
+
+
+@jit
 def take_active(scores: Any, cols: int, crow: Any, col: Any, active: Any) -> None:
-    """Copy the scores of active blocks in the rows of `crow`, and let them lose."""
+    """Make scores magnitudes, copy those of active blocks in the rows of `crow`, let them lose."""
+    for i in range(scores.size):
+        scores[i] = abs(scores[i])
     for row in range(crow.size - 1):
         base = row * cols
         for i in range(crow[row], crow[row + 1]):
