@@ -1,8 +1,8 @@
 """Loops over positions and scores, compiled by numba; `native` says when they run.
 
-All of them are linear: scores are chosen by counting the bits of their keys, positions are sorted by
-counting or merged where they are sorted already. Each does exactly what the torch code beside its
-caller does, ties and order included. Arrays are contiguous and 1-D; outputs are given.
+All of them are linear: scores are chosen by counting the bits of their keys, positions are sorted
+by counting or merged where they are sorted already. Each does exactly what the torch code beside
+its caller does, ties and order included. Arrays are contiguous and 1-D; outputs are given.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,7 @@ def jit(function: F) -> F:
 # ---- selection
 
 
-@intrinsic
-def _any_above(_context: Any, scores: Any, at: Any, threshold: Any) -> Any:
+def _emit_any_above(_context: Any, scores: Any, at: Any, threshold: Any) -> Any:
     """Whether one of the `CHUNK` scores from `at` on is above the threshold, or NaN."""
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -61,11 +60,16 @@ def _any_above(_context: Any, scores: Any, at: Any, threshold: Any) -> Any:
     return types.boolean(scores, at, threshold), emit
 
 
+_any_above = intrinsic(_emit_any_above)
+
+
 @jit
 def _key(bits: Any, i: int) -> Any:
     """An int64 that sorts as the number with these bits does; both zeros are 0."""
     b = np.int64(bits[i])
-    return b if b >= 0 else -(b & np.int64(0x7FFFFFFFFFFFFFFF if bits.itemsize == 8 else 0x7FFFFFFF))
+    return (
+        b if b >= 0 else -(b & np.int64(0x7FFFFFFFFFFFFFFF if bits.itemsize == 8 else 0x7FFFFFFF))
+    )
 
 
 @jit
@@ -200,7 +204,7 @@ def flat(crow: Any, col: Any, cols: int, out: Any) -> bool:
 
 @jit
 def compress(positions: Any, cols: int, crow: Any, col: Any) -> bool:
-    """Fill `crow` and `col`; False, and nothing is of use, if positions are out of order or range."""
+    """Fill `crow` and `col`; False, and no use, if a position is out of order or range."""
     rows = crow.size - 1
     row, base, before = 0, 0, np.int64(-1)
     crow[0] = 0
@@ -270,7 +274,7 @@ def merge_dropped(
 
 @jit
 def merge_grown(old: Any, keep: Any, grown: Any, new: Any, source: Any) -> None:
-    """Merge what is kept of `old` with `grown`, both ascending; where each stood in `old`, or -1."""
+    """Merge what is kept of `old` with `grown`; `source` tells where each stood in `old`, or -1."""
     n, j = 0, 0
     for i in range(old.size):
         position = old[i]
@@ -289,7 +293,7 @@ def merge_grown(old: Any, keep: Any, grown: Any, new: Any, source: Any) -> None:
 @jit
 def ascending(positions: Any) -> bool:
     """Whether no position is below the one before it."""
-    for i in range(1, positions.size):
+    for i in range(1, positions.size):  # noqa: SIM110  numba compiles no generator
         if positions[i] < positions[i - 1]:
             return False
     return True

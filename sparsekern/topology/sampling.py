@@ -55,10 +55,12 @@ def _distinct(drawn: Tensor, total: int) -> Tensor:
     """The numbers out of [0, total), which are used up, ascending and without repeats."""
     native = loops(drawn.numel(), drawn)
     if native is None:
-        return torch.unique(drawn)
+        distinct: Tensor = torch.unique(drawn)
+        return distinct
     other = torch.empty_like(drawn)
     left, swapped = native.sort_distinct(drawn.numpy(), other.numpy(), (total - 1).bit_length())
-    return (other if swapped else drawn)[:left]
+    distinct = other if swapped else drawn
+    return distinct[:left]
 
 
 class _Region(NamedTuple):
@@ -126,8 +128,10 @@ def _counts(grid: Grid, regions: list[_Region], target: int) -> list[int]:
 
 def _positions(grid: Grid, region: _Region, local: Tensor) -> Tensor:
     """Flat positions in the grid of a region's blocks, numbered row by row through all parts."""
+    down, across = grid.part_blocks
+    if (region.rows, region.cols) == (down, across):
+        return local  # there is no other region
     width = grid.taps * region.cols
     row, col = torch.div(local, width, rounding_mode="floor"), local % width
-    down, across = grid.part_blocks
     row = row // region.rows * down + row % region.rows + region.row
     return row * grid.cols + col // region.cols * across + col % region.cols + region.col

@@ -31,7 +31,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     native = loops(n, scores) if scores.dtype in _BITS else None
     if native is not None:
-        mask = torch.empty(n, dtype=torch.bool)
+        mask = torch.empty(n, dtype=torch.bool, device=scores.device)
         native.mark_best(_bits(scores).numpy(), k, mask.numpy())
         return mask
     threshold = scores.kthvalue(n - k + 1).values
