@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 CHUNK = 16
 """Scores that are compared with the threshold at once."""
-_DIGIT = 16
+_DIGIT = 12
 _DIGITS = 1 << _DIGIT
 _RADIX = 11
 _VECTOR_BYTES = 32
@@ -73,30 +73,44 @@ def _key(bits: Any, i: int) -> Any:
 
 
 @jit
-def _kth(bits: Any, n: int, k: int) -> Any:
-    """Key of the `k`-th largest of `n` numbers, and how many of that key are among the `k`."""
-    counts = np.zeros(_DIGITS, np.int64)
-    shift = 8 * bits.itemsize - _DIGIT
-    for i in range(n):
-        counts[(_key(bits, i) >> shift) + _DIGITS // 2] += 1
-    digit = _DIGITS - 1
+def _digit(counts: Any, k: int) -> Any:
+    """The digit of the `k`-th largest, and which of those with that digit it is."""
+    digit = counts.size - 1
     while counts[digit] < k:
         k -= counts[digit]
         digit -= 1
-    prefix = np.int64(digit - _DIGITS // 2)
+    return digit, k
+
+
+@jit
+def _kth(bits: Any, n: int, k: int) -> Any:
+    """Key of the `k`-th largest of `n` numbers, and how many of that key are among the `k`."""
+    low = high = _key(bits, 0)
+    for i in range(n):
+        key = _key(bits, i)
+        low, high = min(low, key), max(high, key)
+    # distances from the lowest key, which may need all 64 bits, digit by digit from the highest on
+    start, shift = np.uint64(low), 0
+    while ((np.uint64(high) - start) >> np.uint64(shift)) >= np.uint64(_DIGITS):
+        shift += 1
+    counts = np.zeros(_DIGITS, np.int64)
+    for i in range(n):
+        counts[np.int64((np.uint64(_key(bits, i)) - start) >> np.uint64(shift))] += 1
+    digit, k = _digit(counts, k)
+    prefix = np.uint64(digit)
     while shift:
-        shift -= _DIGIT
+        step = min(_DIGIT, shift)
+        after = np.uint64(shift - step)
+        mask = np.uint64((1 << step) - 1)
         counts[:] = 0
         for i in range(n):
-            key = _key(bits, i)
-            if (key >> (shift + _DIGIT)) == prefix:
-                counts[(key >> shift) & (_DIGITS - 1)] += 1
-        digit = _DIGITS - 1
-        while counts[digit] < k:
-            k -= counts[digit]
-            digit -= 1
-        prefix = (prefix << _DIGIT) | digit
-    return prefix, k
+            distance = np.uint64(_key(bits, i)) - start
+            if (distance >> np.uint64(shift)) == prefix:
+                counts[np.int64((distance >> after) & mask)] += 1
+        digit, k = _digit(counts, k)
+        prefix = (prefix << np.uint64(step)) | np.uint64(digit)
+        shift -= step
+    return np.int64(start + prefix), k
 
 
 @jit
