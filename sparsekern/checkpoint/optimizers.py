@@ -126,13 +126,19 @@ def _check_entries(entries: Any, parameter: Tensor, optimizer: torch.optim.Optim
         raise CheckpointError(f"a parameter's state must be a dict; got {type(entries).__name__}")
     if not type(optimizer).__module__.startswith("torch.optim"):
         return
+    if isinstance(optimizer, torch.optim.LBFGS):  # flat, over all parameters
+        return
     for key, entry in entries.items():
-        if not isinstance(entry, Tensor) or entry.numel() == 1:
+        if not isinstance(entry, Tensor):
+            if entry is not None and not (key == "step" and isinstance(entry, int | float)):
+                raise CheckpointError(
+                    f"state {str(key)[:60]!r} must be a tensor; got {str(entry)[:60]!r}"
+                )
             continue
         like = entry.dim() == parameter.dim() and all(
             size in (1, own) for size, own in zip(entry.shape, parameter.shape, strict=True)
         )
-        if not like and not isinstance(optimizer, torch.optim.LBFGS):
+        if not like and entry.dim():
             raise CheckpointError(
                 f"state {str(key)[:60]!r} must fit its parameter of shape "
                 f"{tuple(parameter.shape)}; got {tuple(entry.shape)}"
