@@ -10,7 +10,7 @@ from checkpoint_models import dense, equal, same, sparse, states, train
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.checkpoint import file
+from sparsekern.checkpoint import file, optimizers
 
 pytest.importorskip("safetensors")
 
@@ -157,6 +157,41 @@ def test_parameters_in_another_order_find_their_state(tmp_path):
         sk.load(tmp_path / "c", other, halves)
     with pytest.raises(sk.CheckpointError, match="the state of Adam, not of SGD"):
         sk.load(tmp_path / "c", other, torch.optim.SGD(other.parameters(), lr=1))
+
+
+def test_a_state_that_is_none_of_the_optimizers():
+    """Whoever makes a file can make its digest too."""
+    model = sparse()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 1)
+    saved = optimizers.packed(optimizer, model)
+    assert equal(optimizers.unpacked(saved, optimizer, model), optimizer.state_dict())
+    state, groups = saved["state"]["state"], saved["state"]["param_groups"]
+    first, shape = state[0], state[0]["exp_avg"].shape
+    wrong_states = (
+        {**state, "x": first},
+        {**state, 99: {}},
+        {**state, 0: first | {"exp_avg": torch.zeros(*shape, 2)}},
+        {**state, 0: first | {"exp_avg": torch.zeros(shape[0] + 1, *shape[1:])}},
+        {**state, 0: first | {"exp_avg": 3}},
+        {**state, 0: [first]},
+        [state],
+    )
+    wrong_groups = (
+        [groups[0] | {"lr": "x"}],
+        [groups[0] | {"lr": True}],
+        [groups[0] | {"betas": 0.9}],
+        [groups[0] | {"betas": (0.9,)}],
+        [groups[0] | {"params": [0] * len(groups[0]["params"])}],
+        [groups[0] | {"params": groups[0]["params"][1:]}],
+        [],
+        {},
+    )
+    for its, them in [(w, groups) for w in wrong_states] + [(state, w) for w in wrong_groups]:
+        with pytest.raises(sk.CheckpointError):
+            optimizers.unpacked(
+                saved | {"state": {"state": its, "param_groups": them}}, optimizer, model
+            )
 
 
 def test_several_optimizers(tmp_path):

@@ -89,8 +89,10 @@ def unpacked(saved: Any, optimizer: torch.optim.Optimizer, model: nn.Module) -> 
         for number, p in zip(saved_group["params"], group["params"], strict=True)
     }
     for number, entries in state["state"].items():
-        if number in parameters:
+        if type(number) is int and number in parameters:
             _check_entries(entries, parameters[number], optimizer)
+        elif _is_torchs(optimizer):  # others may keep what belongs to no parameter
+            raise CheckpointError(f"the state of {str(number)[:60]!r} belongs to no parameter")
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         _check_options(group, own)
     return {**state, "param_groups": groups}
@@ -124,7 +126,7 @@ def _check_entries(entries: Any, parameter: Tensor, optimizer: torch.optim.Optim
     """State tensors of torch's optimizers have the parameter's shape, or 1 in its place."""
     if not isinstance(entries, dict):
         raise CheckpointError(f"a parameter's state must be a dict; got {type(entries).__name__}")
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    if not _is_torchs(optimizer):
         return
     if isinstance(optimizer, torch.optim.LBFGS):  # flat, over all parameters
         return
@@ -143,6 +145,10 @@ def _check_entries(entries: Any, parameter: Tensor, optimizer: torch.optim.Optim
                 f"state {str(key)[:60]!r} must fit its parameter of shape "
                 f"{tuple(parameter.shape)}; got {tuple(entry.shape)}"
             )
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim")
 
 
 def _check_options(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
