@@ -68,7 +68,8 @@ def test_no_public_callable_hides_its_arguments():
 def test_methods_show_every_argument_and_its_default(cls):
     assert "__init__" not in vars(cls) or cls is sk.Method
     shown = parameters(cls)
-    assert [n for n, p in shown.items() if p.default is p.empty] == ["model", "optimizer", "t_end"]
+    assert [n for n, p in shown.items() if p.default is p.empty] == ["model", "optimizer"]
+    assert shown["t_end"].default is None  # a typed error says what to give
     assert shown["update_freq"].default == 100
     assert all(
         p.kind is p.KEYWORD_ONLY for n, p in shown.items() if n not in {"model", "optimizer"}
@@ -112,9 +113,9 @@ class Mine(sk.RigL):
 def calls(m: nn.Module, o: torch.optim.Optimizer) -> None:
     sk.RigL(m, o, t_end=5, update_freq=3, step_on_update=None)
     sk.SET(m, o, t_end=5, norm="l2")
-    sk.RigL(m, o)  # call-arg
-    sk.Static(m, o)  # call-arg
-    Mine(m, o)  # call-arg
+    sk.RigL(m, [o, o], t_end=0.75, total_steps=100)
+    sk.Static(m)  # call-arg
+    Mine(m)  # call-arg
     sk.RigL(m, o, 5)  # call-arg misc
     sk.RigL(m, o, t_end=5, update_frequency=3)  # call-arg
     sk.SET(m, o, t_end="5")  # arg-type

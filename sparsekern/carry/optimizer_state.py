@@ -8,15 +8,6 @@ from torch import Tensor, nn
 from sparsekern.errors import OptimizerError
 
 
-def check_holds(optimizer: torch.optim.Optimizer, name: str, values: nn.Parameter) -> None:
-    """Raise `OptimizerError` unless `optimizer` updates the parameter `values` of layer `name`."""
-    if not any(p is values for group in optimizer.param_groups for p in group["params"]):
-        raise OptimizerError(
-            f"the optimizer must hold `values` of layer {name!r}; it does not "
-            "(build it after sparsify_, from model.parameters())"
-        )
-
-
 def check_followable(optimizer: torch.optim.Optimizer) -> None:
     """Raise `OptimizerError` for LBFGS, whose flat state belongs to no single parameter."""
     if isinstance(optimizer, torch.optim.LBFGS):

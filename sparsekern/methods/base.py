@@ -7,18 +7,20 @@ layer. `decide` makes of them, and of the layers alone, what an update changes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.carry.optimizer_state import check_followable, check_holds
+from sparsekern.carry.optimizer_state import check_followable
+from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.methods import ranks
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, UpdateRecord, change
 from sparsekern.methods.loop import Loop
-from sparsekern.methods.schedule import UpdateSchedule
+from sparsekern.methods.schedule import UpdateSchedule, resolve_end
 from sparsekern.methods.sources import Source
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer
@@ -41,8 +43,12 @@ class Method(Loop):
 
     Args:
         model: holds the sparse layers, see `sparsekern.sparsify_`.
-        optimizer: any torch optimizer that holds the layers' `values`.
-        t_end: no update happens from this weight step on; about 3/4 of the training.
+        optimizer: any torch optimizer that holds the layers' `values`, or what wraps one; or
+            several that step together, of which each layer's values are in exactly one.
+        t_end: no update happens from there on: an int, in weight steps, or a float in (0, 1], a
+            share of `total_steps`; about 3/4 of the training.
+        total_steps: the optimizer steps of the whole training, for a share: the batches that
+            updates spend are among them, as in a trainer's count.
         update_freq: weight steps between updates (Delta T).
         drop_fraction: share of the active weights replaced by an update at step 0 (alpha).
         decay: "cosine", "linear" or "constant" decay of that share until `t_end`.
@@ -55,8 +61,10 @@ class Method(Loop):
         seed: of whatever is random, equal on all ranks.
 
     Raises:
-        ConfigError, DtypeError: an argument is out of its domain, or the model has no sparse layer.
-        OptimizerError: the optimizer does not hold a layer's `values`, or is LBFGS.
+        ConfigError, DtypeError: an argument is missing or out of its domain, or the model has no
+            sparse layer, or the optimizer's state holds no valid state of a method.
+        OptimizerError: not exactly one optimizer holds a layer's `values`, or one is LBFGS or
+            takes its steps where no hook sees them.
     """
 
     source: ClassVar[type[Source]] = Source
@@ -68,9 +76,10 @@ class Method(Loop):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
-        t_end: int,
+        t_end: float | None = None,
+        total_steps: int | None = None,
         update_freq: int = 100,
         drop_fraction: float = 0.3,
         decay: str = "cosine",
@@ -81,7 +90,10 @@ class Method(Loop):
         grad_accumulation: int = 1,
         seed: int = 0,
     ) -> None:
-        schedule = UpdateSchedule(t_end, update_freq, drop_fraction, first_update, decay)
+        steps_first = self.default_step_on_update if step_on_update is None else step_on_update
+        UpdateSchedule(1, update_freq, drop_fraction, first_update, decay)  # checks the others
+        end = resolve_end(t_end, total_steps, update_freq, first_update, not steps_first)
+        schedule = UpdateSchedule(end, update_freq, drop_fraction, first_update, decay)
         check_norm(norm)
         if grow_init not in GROW_INITS:
             raise ConfigError(f"`grow_init` must be one of {GROW_INITS}; got {grow_init!r}")
@@ -91,14 +103,13 @@ class Method(Loop):
             )
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
-        self.layers = _layers_to_train(model, optimizer)
-        default = self.default_step_on_update if step_on_update is None else step_on_update
-        super().__init__(optimizer, schedule, default)
-        self.grow_init, self.norm = grow_init, norm
-        self.grad_accumulation, self.seed = grad_accumulation, seed
-        self.history: list[UpdateRecord] = []
+        optimizers = _optimizers(optimizer)
+        self.layers = _layers_to_train(model, optimizers)
+        self._held = set(self.trained_layers())
+        super().__init__(optimizers, schedule, steps_first, grad_accumulation)
+        self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.growth = self.source(self.layers, norm, grad_accumulation)
-        self._attach()
+        self._begin()
 
     # ---- which to drop, which to grow, with which value: for subclasses
 
@@ -192,6 +203,16 @@ class Method(Loop):
         layers = self.trained_layers() if due else {}
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
 
+    def _weights(self) -> Iterable[nn.Parameter]:
+        return (layer.values for layer in self.layers.values())
+
+    def _takes_part(self) -> bool:
+        layers = self.trained_layers()
+        for name in layers.keys() - self._held:  # unfrozen since
+            check_holds(self.optimizers, name, layers[name].values)
+            self._held.add(name)
+        return bool(layers)
+
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps
         if not self.growth.ready(layers, step, self.last_update):
@@ -204,27 +225,48 @@ class Method(Loop):
 
     def _update(self) -> None:
         fraction = self.schedule.fraction(self.weight_steps)
-        changes = change(self.layers, self.decide(fraction), self.optimizer)
+        changes = change(self.layers, self.decide(fraction), self.optimizers)
         if ranks.is_distributed():
             ranks.check_agreement({n: layer.topology for n, layer in self.layers.items()})
         self.history.append(UpdateRecord(self.weight_steps, fraction, changes))
 
 
-def _layers_to_train(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, SparseLayer]:
-    """The sparse layers that are not frozen; raises unless the optimizer can follow them."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise DtypeError(
-            f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
-        )
-    layers = {n: m for n, m in sparse_layers(model).items() if m.values.requires_grad}
+def _optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers of one method; raises if a method can't follow one of them."""
+    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise DtypeError(
+                "`optimizer` must be a torch.optim.Optimizer, or several in a list; "
+                f"got {type(optimizer).__name__}"
+            )
+        for inner in unwrapped(optimizer):
+            check_followable(inner)
+        check_steps(optimizer)
+    if (
+        len({id(unwrapped(optimizer)[-1]) for optimizer in optimizers}) != len(optimizers)
+        or not optimizers
+    ):
+        raise ConfigError(f"`optimizer` must name each optimizer once; got {len(optimizers)}")
+    return optimizers
+
+
+def _layers_to_train(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, SparseLayer]:
+    """All sparse layers; raises unless those that are not frozen are held by one optimizer.
+
+    A layer that is frozen now takes part from when it is unfrozen.
+    """
+    layers = sparse_layers(model)
     if not layers:
         raise ConfigError(
-            "`model` has no trainable sparse layer; call sparsify_ first (at a low sparsity "
-            "ERK leaves all layers dense)"
+            "`model` has no sparse layer; call sparsify_ first (at a low sparsity ERK leaves all "
+            "layers dense)"
         )
     for name, layer in layers.items():
-        check_holds(optimizer, name, layer.values)
-    check_followable(optimizer)
+        if layer.values.requires_grad:
+            check_holds(optimizers, name, layer.values)
     return layers
 
 

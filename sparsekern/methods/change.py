@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsekern.carry.optimizer_state import state_tensors
+from sparsekern.carry.wrappers import unwrapped
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.ranges import ranged
@@ -51,14 +52,18 @@ class Decision(NamedTuple):
 def change(
     layers: Mapping[str, SparseLayer],
     decisions: Mapping[str, Decision],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> dict[str, LayerChange]:
     """Rewire the layers in place; values and optimizer state follow their weights.
 
     Raises:
         OptimizerError: a state can't follow; nothing has changed then.
     """
-    states = {n: state_tensors(optimizer, n, layers[n].values) for n in decisions}
+    chain = [inner for optimizer in optimizers for inner in unwrapped(optimizer)]
+    states = {}
+    for name in decisions:
+        found = [t for o in chain for t in state_tensors(o, name, layers[name].values)]
+        states[name] = list({id(t): t for t in found}.values())  # a wrapper may show another's
     for name, (update, _, values) in decisions.items():
         layer = layers[name]
         with ranged("rewire", name):

@@ -1,45 +1,76 @@
-"""The training loop's side of a method: an optimizer's steps, counted and followed by hooks."""
+"""The training loop's side of a method: optimizers' steps, counted and followed by hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsekern.errors import ConfigError, TrainingLoopError
+from sparsekern.carry.wrappers import has_hooks, parameters, unwrapped
+from sparsekern.errors import ConfigError
+from sparsekern.methods import progress
+from sparsekern.methods.change import UpdateRecord
+from sparsekern.methods.passes import BackwardPasses
+from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import UpdateSchedule
+from sparsekern.methods.steps import Arguments, changes_weights, run_closure
 from sparsekern.ops.ranges import ranged
+
+log = logging.getLogger(__name__)
+
+PASSES_WITHOUT_STEP = 10
+"""Times `grad_accumulation`: so many backward passes without a step are worth a warning."""
 
 _attached: WeakKeyDictionary[torch.optim.Optimizer, WeakSet[Loop]] = WeakKeyDictionary()
 
 
 class Loop:
-    """Follows an optimizer's steps by hooks, so that a training loop does not change.
+    """Follows optimizers' steps by hooks, so that a training loop does not change.
 
     It knows when an update is due, and leaves to its subclass what an update is.
+
+    Steps that follow one another with no backward pass between them, at most one of each optimizer,
+    are a *round*: one weight step. An update comes before the first of a round that would change a
+    weight (with `step_on_update` after the last), and spends the gradients of all.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, schedule: UpdateSchedule, step_on_update: bool
+        self,
+        optimizers: tuple[torch.optim.Optimizer, ...],
+        schedule: UpdateSchedule,
+        step_on_update: bool,
+        grad_accumulation: int,
     ) -> None:
-        if any(loop.attached for loop in _attached.get(optimizer, ())):
-            raise ConfigError(
-                "the optimizer has a method attached already; detach() that one first"
-            )
-        self.optimizer, self.schedule = optimizer, schedule
-        self.step_on_update = step_on_update
+        self.optimizers, self.schedule = optimizers, schedule
+        self.optimizer = optimizers[0]
+        self.step_on_update, self.grad_accumulation = step_on_update, grad_accumulation
         self.weight_steps = 0
         self.last_update: int | None = None
-        self._took_step = False
+        self.history: list[UpdateRecord] = []
+        self._chains = tuple(unwrapped(optimizer) for optimizer in optimizers)
         self._hooks: list[RemovableHandle] = []
+        self._passes: BackwardPasses | None = None
+        self._outermost: torch.optim.Optimizer | None = None  # whose step is running
+        self._stepping: torch.optim.Optimizer | None = None  # the one inside that takes it
+        self._moving = False  # that step changes weights
+        self._round: list[torch.optim.Optimizer] = []  # who has stepped in it
+        self._moved = False  # a step of this round did
+        self._warned = False  # that none of the passes was followed by a step
+        self._passed = False  # there was a backward pass since the last step
 
     # ---- for the subclass
 
     def _watch(self, due: bool) -> None:
         """Called before each batch: whether its gradients will be asked for."""
+        raise NotImplementedError
+
+    def _takes_part(self) -> bool:
+        """Whether any layer takes part in an update now."""
         raise NotImplementedError
 
     def _ready(self) -> bool:
@@ -50,11 +81,15 @@ class Loop:
         """Make the update."""
         raise NotImplementedError
 
+    def _weights(self) -> Iterable[nn.Parameter]:
+        """The parameters that a backward pass of the model reaches."""
+        raise NotImplementedError
+
     # ---- for the training loop
 
     @property
     def attached(self) -> bool:
-        """Whether the optimizer's steps still drive this method."""
+        """Whether the optimizers' steps still drive this method."""
         return bool(self._hooks)
 
     @property
@@ -70,8 +105,10 @@ class Loop:
         """
         if self.step_on_update or not self._update_if_due():
             return False
-        # the batch is spent: without gradients the optimizer takes no weight step either
-        self.optimizer.zero_grad(set_to_none=True)
+        # the batch is spent: without gradients no optimizer takes a weight step either
+        for chain in self._chains:
+            for parameter in parameters(chain):
+                parameter.grad = None
         return True
 
     def __call__(self) -> bool:
@@ -81,69 +118,213 @@ class Loop:
         return not self.step()
 
     def detach(self) -> None:
-        """Remove the hooks: training goes on with the topology as it is."""
+        """Remove the hooks, and the entry in the optimizers: the topology stays as it is."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._stop_counting()
+        for chain in self._chains:
+            for optimizer in chain:
+                optimizer.param_groups[0].pop(progress.ENTRY, None)
         self._watch(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress of the schedule; topologies and values are in the model's own state_dict."""
-        return {"weight_steps": self.weight_steps, "last_update": self.last_update}
+        """Progress of the schedule and history, as plain data; the optimizers' states hold it too.
+
+        Topologies and values are in the model's own state_dict.
+        """
+        return progress.encode(self._progress())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume the schedule.
+        """Resume the schedule; a state without history leaves an empty one.
 
         Raises:
-            ConfigError: keys are missing or unknown, or a value is no step count.
+            ConfigError: keys are missing or unknown, or a value is no step count or no history.
         """
-        if set(state) != {"weight_steps", "last_update"}:
-            raise ConfigError(
-                f"method state must have keys weight_steps, last_update; got {sorted(state)}"
-            )
-        steps, last = state["weight_steps"], state["last_update"]
-        if type(steps) is not int or steps < 0 or not (last is None or type(last) is int):
-            raise ConfigError(f"method state must hold step counts; got {dict(state)}")
-        self.weight_steps, self.last_update = steps, last
-        self._watch(self.due)
+        self._resume(progress.decode(state))
+        self._publish()
 
-    # ---- hooks
+    # ---- attaching
+
+    def _begin(self) -> None:
+        """Attach for the first time, and go on where the optimizers' state says."""
+        found = progress.find(self._chains)
+        resumed = None if found is None else progress.decode(found)
+        self._attach()
+        if resumed is not None:
+            self._resume(resumed)
+            self._publish()
+            text = "%s goes on at weight step %d, as the optimizer's state says"
+            log.log(self._late(), text, type(self).__name__, self.weight_steps)
+        elif any(map(_has_stepped, self._chains)):
+            self._say_nothing_found("the optimizer has taken steps")
 
     def _attach(self) -> None:
-        self._hooks = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
-        _attached.setdefault(self.optimizer, WeakSet()).add(self)
+        for chain in self._chains:
+            if any(loop.attached for loop in _attached.get(chain[-1], ())):
+                raise ConfigError(
+                    "the optimizer has a method attached already; detach() that one first"
+                )
+        for chain in self._chains:
+            _attached.setdefault(chain[-1], WeakSet()).add(self)
+            self._hook(chain)
+        self._passes = BackwardPasses(self._weights(), self._count_pass)
         self._watch(self.due)
+        self._publish()
+
+    def _hook(self, chain: tuple[torch.optim.Optimizer, ...]) -> None:
+        known: list[object] = []
+        for optimizer in reversed(chain):
+            # a wrapper may share the hooks of the one inside (Lightning's does), or have none
+            hooks = optimizer._optimizer_step_pre_hooks if has_hooks(optimizer) else None
+            if hooks is None or any(hooks is other for other in known):
+                continue
+            known.append(hooks)
+            self._hooks += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_state_dict_post_hook(self._save),
+                optimizer.register_load_state_dict_pre_hook(self._check),
+                optimizer.register_load_state_dict_post_hook(self._load),
+            ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # hooks belong to one optimizer; a copy hangs its own on the copied one
+        own: dict[str, Any] = {"_hooks": [], "_passes": None, "_outermost": None, "_stepping": None}
+        return self.__dict__ | own | {"_round": [], "_attach_again": self.attached}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attach = state.pop("_attach_again")
+        self.__dict__.update(state)
+        if attach:
+            self._attach()
+
+    # ---- steps
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if any(callable(a) for a in (*args, kwargs.get("closure"))):
-            raise TrainingLoopError(
-                "a topology update needs the gradients before optimizer.step(); got a closure: "
-                "call backward first"
-            )
-        if not self.step_on_update:
-            self.step()
-        self._took_step = any(
-            p.grad is not None for group in optimizer.param_groups for p in group["params"]
-        )
+    ) -> Arguments | None:
+        chain = next(c for c in self._chains if any(o is optimizer for o in c))
+        around = chain[: chain.index(optimizer)]
+        if not any(self._outermost is outer for outer in around):
+            self._outermost, self._stepping = optimizer, None
+        if optimizer is not chain[-1]:
+            return None
+        self._stepping, self._moving = optimizer, False
+        run = run_closure(args, kwargs)
+        if self._passed or any(optimizer is other for other in self._round):
+            self._close_round()
+        moving = changes_weights(chain, self._passed)
+        self._passed = False
+        spent = moving and not self._moved and self.step()
+        self._moving = moving and not spent
+        if run is None:
+            return None
+        closure, handed_on = run
+        closure.spent = spent
+        return handed_on
 
-    def _after_step(self, *_: Any) -> None:
-        if not self._took_step:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # a wrapper may still change the weights: ZeRO hands out those of other ranks
+        if optimizer is not self._outermost:
             return
-        if self.step_on_update:
-            self._update_if_due()
-        self.weight_steps += 1
+        stepped, self._outermost, self._stepping = self._stepping, None, None
+        if stepped is None:
+            return
+        self._stop_counting(for_good=len(self._chains) == 1)
+        self._round.append(stepped)
+        self._moved |= self._moving
+        if len(self._round) == len(self._chains):
+            if self._moved and self.step_on_update:
+                self._update_if_due()
+            self._close_round()
+
+    def _close_round(self) -> None:
+        if not self._round:
+            return
+        self.weight_steps += self._moved
+        self._round.clear()
+        self._moved = False
         self._watch(self.due)
+        self._publish()
 
     def _update_if_due(self) -> bool:
-        if not (self.due and self._ready()):
+        if not (self.due and self._takes_part() and self._ready()):
             return False
         with ranged("update"):
             self._update()
         self.last_update = self.weight_steps
         self._watch(self.due)
+        self._publish()
         return True
+
+    def _count_pass(self, passes: int) -> None:
+        self._passed = True
+        if passes == PASSES_WITHOUT_STEP * self.grad_accumulation and not self._warned:
+            self._warned = True
+            log.warning(
+                "%d backward passes and no step of the optimizer that %s is attached to: "
+                "attach it to the one that takes the steps",
+                passes,
+                type(self).__name__,
+            )
+
+    def _stop_counting(self, for_good: bool = True) -> None:
+        if self._passes is not None:
+            self._passes.restart()
+            if for_good:
+                self._passes.stop()
+                self._passes = None
+
+    # ---- the optimizers' state
+
+    def _progress(self) -> Progress:
+        return Progress(self.weight_steps + self._moved, self.last_update, self.history)
+
+    def _publish(self) -> None:
+        if not self.attached:
+            return
+        now = self._progress()
+        for chain in self._chains:
+            for optimizer in chain:
+                optimizer.param_groups[0][progress.ENTRY] = progress.short(now)
+
+    def _save(self, _optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        state["param_groups"][0][progress.ENTRY] = progress.entry(self._progress())
+
+    def _check(self, _optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        found = progress.in_group(state["param_groups"])
+        if found is not None:
+            progress.decode(found)
+
+    def _load(self, optimizer: torch.optim.Optimizer) -> None:
+        found = progress.in_group(optimizer.param_groups)
+        if found is None:
+            self._say_nothing_found("the optimizer state that was loaded holds no method's state")
+        else:
+            self._resume(progress.decode(found))
+        self._publish()
+
+    def _resume(self, found: Progress) -> None:
+        self.weight_steps, self.last_update = found.weight_steps, found.last_update
+        self.history = found.history or []
+        self._round.clear()
+        self._moved = False
+        self._watch(self.due)
+
+    def _late(self) -> int:
+        return logging.WARNING if self.weight_steps >= self.schedule.t_end else logging.INFO
+
+    def _say_nothing_found(self, what: str) -> None:
+        log.warning(
+            "%s: the schedule of %s goes on at weight step %d; load its own state if it has one",
+            what,
+            type(self).__name__,
+            self.weight_steps,
+        )
+
+
+def _has_stepped(chain: tuple[torch.optim.Optimizer, ...]) -> bool:
+    """Whether an optimizer's state tells of steps; some make their state before the first."""
+    states = [state for optimizer in chain for state in optimizer.state.values() if state]
+    return any(float(state.get("step", 1)) > 0 for state in states)

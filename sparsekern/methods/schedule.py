@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from sparsekern.errors import ConfigError, DtypeError
 
@@ -74,8 +75,65 @@ class UpdateSchedule:
         return self.drop_fraction * DECAYS[self.decay](min(step / self.t_end, 1.0))
 
 
+def resolve_end(
+    t_end: float | None, total_steps: int | None, freq: int, first: int, spends: bool
+) -> int:
+    """`t_end` in weight steps.
+
+    Args:
+        t_end: an int, in weight steps; or a float in (0, 1], a share of `total_steps`.
+        total_steps: the optimizer steps of the whole training, batches spent on updates included.
+        freq: weight steps between updates.
+        first: weight step of the first update.
+        spends: whether an update spends its batch.
+
+    Raises:
+        ConfigError, DtypeError: an argument is missing or out of its domain.
+    """
+    if t_end is None:
+        raise ConfigError(
+            "`t_end` must be given, when updates end: an int in weight steps, or a share of the "
+            "training such as t_end=0.75 with total_steps=, its number of optimizer steps"
+        )
+    if total_steps is not None:
+        _check_int("total_steps", total_steps, 1)
+    if type(t_end) is not float:
+        if total_steps is not None:
+            raise ConfigError(
+                f"`total_steps` goes with a `t_end` that is a float in (0, 1]; got {t_end!r}"
+            )
+        _check_int("t_end", t_end, 1)
+        return int(t_end)
+    if not 0 < t_end <= 1:
+        raise ConfigError(
+            f"`t_end` must lie in (0, 1] if it is a float, a share of `total_steps`, "
+            f"or be an int in weight steps; got {t_end}"
+        )
+    if total_steps is None:
+        raise ConfigError(f"`t_end` is a share, {t_end}: `total_steps` must say of how many steps")
+    return share_in_weight_steps(t_end, total_steps, freq, first, spends)
+
+
+def share_in_weight_steps(
+    share: float, total_steps: int, freq: int, first: int, spends: bool
+) -> int:
+    """The `t_end` with which updates come on trainer steps n < share * total_steps, and no others.
+
+    Steps count from 0. With `spends` a cycle is `freq` + 1 of them, one of which is spent on an
+    update, so that an update comes on steps first + k (freq + 1), at weight step first + k freq;
+    without, all are weight steps. An update that is postponed shifts those after it.
+    """
+    end = math.ceil(Fraction(str(share)) * total_steps)  # the decimal that was written, exactly
+    if not spends or end <= first:
+        return end
+    updates = math.ceil(Fraction(end - first, freq + 1))
+    last = first + (updates - 1) * freq
+    return max(end - updates, last + 1)
+
+
 def _check_int(name: str, value: object, low: int) -> None:
+    unit = "optimizer steps" if name == "total_steps" else "weight steps"
     if type(value) is not int:
-        raise DtypeError(f"`{name}` must be an int, in weight steps; got {value!r}")
+        raise DtypeError(f"`{name}` must be an int, in {unit}; got {value!r}")
     if value < low:
         raise ConfigError(f"`{name}` must be at least {low}; got {value}")

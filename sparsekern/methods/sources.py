@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,16 @@ class Gradient(Source):
         super().__init__(layers, norm, passes)
         self.observers = {n: GradientObserver(m, norm, passes) for n, m in layers.items()}
         self._postponed: int | None = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy observes the copied layers by observers of its own
+        return {k: v for k, v in self.__dict__.items() if k != "observers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.observers = {
+            n: GradientObserver(m, self.norm, self.passes) for n, m in self.layers.items()
+        }
 
     def watch(self, most: Mapping[str, int]) -> None:
         """Observe the gradients of the layers in `most`, and keep the best candidates of each."""

@@ -1,0 +1,123 @@
+"""How far a method has come, as plain data, and its place in an optimizer's `state_dict`.
+
+Whoever saves an optimizer saves the method with it: an entry of its first parameter group. That is
+what survives torch.save, torch.distributed.checkpoint and ZeRO's consolidation, where another key
+at the top of the state is dropped. An attached optimizer holds the entry at all times, without the
+history: what flattens a state asks the group which keys it has, and a pickled optimizer has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsekern.errors import ConfigError
+from sparsekern.methods.change import LayerChange, UpdateRecord
+
+ENTRY = "sparsekern"
+"""The key in an optimizer's first parameter group."""
+
+NEEDED = ("weight_steps", "last_update")
+
+
+class Progress(NamedTuple):
+    """What a method needs to go on; topologies and values are in the model.
+
+    Attributes:
+        weight_steps: taken so far.
+        last_update: weight step of the last update, or None.
+        history: of all updates; None where it is not known.
+    """
+
+    weight_steps: int
+    last_update: int | None
+    history: list[UpdateRecord] | None
+
+
+def encode(progress: Progress) -> dict[str, Any]:
+    """As numbers, strings, lists and dicts; random streams follow from the weight step."""
+    history = [
+        [record.step, record.fraction, {n: list(c) for n, c in record.layers.items()}]
+        for record in progress.history or ()
+    ]
+    return {**short(progress), "history": history}
+
+
+def short(progress: Progress) -> dict[str, Any]:
+    """Without the history."""
+    return {"weight_steps": progress.weight_steps, "last_update": progress.last_update}
+
+
+def entry(progress: Progress) -> dict[str, Any]:
+    """For an optimizer's state: the history is one string, which nothing takes apart or averages.
+
+    Its keys are the same at every step, as torch.distributed.checkpoint needs them to be.
+    """
+    encoded = encode(progress)
+    return encoded | {"history": json.dumps(encoded["history"])}
+
+
+def decode(state: object) -> Progress:
+    """What `encode` or `entry` made; states without a history are read too.
+
+    Raises:
+        ConfigError: keys are missing or unknown, or a value is not what it should be.
+    """
+    keys = sorted(map(str, state)) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not (set(NEEDED) <= set(state) <= {*NEEDED, "history"}):
+        raise ConfigError(
+            f"method state must have keys weight_steps, last_update and history; got {keys!r}"
+        )
+    steps, last = state["weight_steps"], state["last_update"]
+    if not (_is_count(steps) and (last is None or (_is_count(last) and last <= steps))):
+        raise ConfigError(
+            "method state must hold step counts, the last update's no larger than weight_steps; "
+            f"got weight_steps={steps!r}, last_update={last!r}"
+        )
+    if "history" not in state:
+        return Progress(steps, last, None)
+    return Progress(steps, last, _history(state["history"]))
+
+
+def find(chains: Iterable[Sequence[torch.optim.Optimizer]]) -> object:
+    """The entry of the first optimizer that has one, else None."""
+    for chain in chains:
+        for optimizer in chain:
+            if (found := in_group(optimizer.param_groups)) is not None:
+                return found
+    return None
+
+
+def in_group(groups: Sequence[Mapping[str, Any]]) -> object:
+    """The entry of parameter groups, or None."""
+    return groups[0].get(ENTRY) if groups else None
+
+
+def _history(data: object) -> list[UpdateRecord]:
+    try:
+        records: Any = json.loads(data) if isinstance(data, str) else data
+        read = [_record(*record) for record in records]
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        read = [None]
+    if None in read:
+        raise ConfigError(
+            "`history` of a method state must be a list of [weight step, fraction, "
+            f"{{layer: [dropped, grown]}}]; got {str(data)[:80]}"
+        )
+    return [record for record in read if record is not None]
+
+
+def _record(step: object, fraction: object, layers: Mapping[str, Any]) -> UpdateRecord | None:
+    changes = {name: LayerChange(*change) for name, change in layers.items()}
+    counts = [step, *(n for change in changes.values() for n in change)]
+    good = all(map(_is_count, counts)) and all(isinstance(name, str) for name in changes)
+    if not (good and isinstance(fraction, int | float) and 0 <= fraction <= 1):
+        return None
+    return UpdateRecord(step, float(fraction), changes)  # type: ignore[arg-type]
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
