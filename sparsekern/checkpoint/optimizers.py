@@ -168,10 +168,12 @@ def _check_options(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 def kept(optimizer: torch.optim.Optimizer) -> Any:
     """A function that puts an optimizer back to what it is now."""
     groups, state = list(optimizer.param_groups), optimizer.state.copy()
+    told = optimizer.state_dict()
     options = [dict(group) for group in groups]
     held = {key: dict(entries) for key, entries in state.items()}
 
     def restore() -> None:
+        optimizer.load_state_dict(told)  # whoever listens, as methods do, goes back with it
         for group, was in zip(groups, options, strict=True):
             group.clear()
             group.update(was)

@@ -36,10 +36,14 @@ def prepare(
         The connections to come; None if there are none.
 
     Raises:
-        TopologyError: the index arrays are no topology, or some are missing.
+        TopologyError: the index arrays are no topology, or some are missing or without data.
         ShapeError, DtypeError: tensors of another size or kind.
     """
     present = [name for name in (*ARRAY_NAMES, "values") if prefix + name in state]
+    for name in (*present, "weight", "bias"):
+        entry = state.get(prefix + name)
+        if isinstance(entry, Tensor) and entry.is_meta:
+            raise TopologyError(f"`{name}` of {prefix!r} must hold data; got a meta tensor")
     if not present and prefix + "weight" in state:
         return _from_dense(layer, state, prefix)
     if not present:
@@ -66,8 +70,6 @@ def _topology(layer: HeldTopology, state: dict[str, Any], prefix: str, *, assign
         arrays = {n: a.contiguous() if isinstance(a, Tensor) else a for n, a in arrays.items()}
     own = layer._held()
     stored: tuple[Any, ...] = tuple(arrays[name] for name in STORED_NAMES)
-    if any(isinstance(array, Tensor) and array.is_meta for array in stored):
-        raise TopologyError(f"state of {prefix!r} must hold data; got meta tensors")
     rebuilt = own.with_compressed(*stored)
     if len(arrays) > len(STORED_NAMES):  # it must be what it says it is
         every = [arrays.get(name, getattr(rebuilt, name)) for name in ARRAY_NAMES]
