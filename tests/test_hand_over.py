@@ -120,6 +120,24 @@ def test_sparse_layers_hand_their_state_to_sparser_ones(impl):
     assert held == {id(p) for p in model.parameters()}
 
 
+def test_matrices_and_biases_that_stay_dense_are_the_same_parameters():
+    model, optimizer = trained_model()
+    before = dict(model.rnn.named_parameters())
+    sk.sparsify_(
+        model, 0.5, distribution="er", exclude=("rnn.ih*",), init=None, optimizer=optimizer
+    )
+    assert model.rnn.ih_l0.weight is before["weight_ih_l0"]
+    for name, matrix in model.rnn.named_children():
+        assert matrix.bias is before.get(f"bias_{name}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()} == set(map(id, optimizer.state))
+    weight = model.rnn.ih_l0.weight.detach().clone()
+    sk.sparsify_(model, 0.6, distribution="er", init="keep", optimizer=optimizer)
+    assert torch.equal(model.rnn.ih_l0.dense_weight(), weight * model.rnn.ih_l0.mask())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()} == set(map(id, optimizer.state))
+
+
 def test_wrapped_optimizers_and_names_follow():
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer):
@@ -287,6 +305,10 @@ def test_layers_that_an_attached_method_follows_are_refused(method, caplog):
     with pytest.raises(ConfigError, match=f"'0' is followed by an attached {method.__name__}"):
         sk.sparsify_(model, 0.8, distribution="uniform", init="keep", optimizer=optimizer)
     assert list(model.modules()) == before
+    (twin, _, copied) = copy.deepcopy((model, optimizer, attached))
+    with pytest.raises(ConfigError, match="is followed by"):  # a copy follows the copy
+        sk.sparsify_(twin, 0.8, distribution="uniform")
+    copied.detach()
     attached.detach()
     sk.sparsify_(model, 0.8, distribution="uniform", init="keep", optimizer=optimizer)
     method(model, optimizer, t_end=10)

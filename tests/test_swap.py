@@ -197,6 +197,8 @@ def test_bad_input_changes_nothing(kwargs, error, text):
 def test_a_bare_layer_cannot_be_replaced_in_place():
     with pytest.raises(DtypeError, match=r"SparseLinear\.from_dense"):
         sparsify_(nn.Linear(4, 4))
+    with pytest.raises(DtypeError, match="single sparse one"):
+        sparsify_(SparseLinear(4, 4))
     with pytest.raises(ConfigError, match="no layer left to make sparse"):
         sparsify_(nn.Sequential(nn.ReLU()))
     assert isinstance(sparsify_(nn.Sequential(nn.Linear(9, 9)), 0.5)[0], SparseLinear)

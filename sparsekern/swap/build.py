@@ -78,7 +78,7 @@ def sparse_layer(targets: list[Target], parent: nn.Module, drawing: Drawing) -> 
     if isinstance(module, SparseLayer):
         layer: Any = _sparser(module, topologies[""], drawing.impl)
     else:
-        layer = convert(unpruned(module), topologies, drawing.impl)
+        layer = convert(module, topologies, drawing.impl)
     drawn = {t.weight.name for t in targets if drawing.init == "sparse" and t.pruned is None}
     if drawn:
         _draw(layer, parent, drawn, drawing)

@@ -198,6 +198,8 @@ def _check(model: nn.Module, sparsity: float, init: str | None, impl: str | None
             f"`model` must contain layers; for a single one use "
             f"{SPARSE_TYPES[type(model)].__name__}.from_dense"
         )
+    if isinstance(model, SparseLayer):
+        raise DtypeError("`model` must contain layers; a single sparse one can't be replaced")
     check_unwrapped(model, "sparsify_")
 
 

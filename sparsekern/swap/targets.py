@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsekern.errors import ConfigError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.conv import SparseConv
-from sparsekern.nn.kinds import Weight, is_depthwise, weights_of
+from sparsekern.nn.kinds import SPARSE_TYPES, Weight, is_depthwise, weights_of
 from sparsekern.nn.pruned import pruned_tensors, unpruned
 from sparsekern.nn.recurrent import SparseRecurrent
 from sparsekern.swap.patterns import Pattern, matches, shown
@@ -86,7 +86,7 @@ def all_targets(model: nn.Module, *, sparse: bool = False) -> list[Target]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLayer):
-            if sparse:
+            if sparse and type(module) in SPARSE_TYPES.values():  # none that was parametrized
                 found.append(Target(name, name, module, _stand_in(module), block=module.block))
             continue
         masks = pruned_tensors(module)
