@@ -71,8 +71,9 @@ def sparsify_(
 
     Layers that `torch.nn.utils.prune` has pruned are taken over with their masks and values,
     whatever `sparsity`, `masks`, `plan` and `init` say of the others. Layers that are sparse
-    already become sparser, to their share of the whole matrix; they keep their block, and stay as
-    they are where their share is no more than they have.
+    already become sparser where `masks` or `plan` name them, and with init="keep" to their share of
+    the whole matrix; they keep their block, and stay as they are where their share is no more than
+    they have. With another `init` a sparsity is shared out to dense layers alone.
 
     The new layers take over hooks, attributes and flags, and hold the same bias Parameters. Weights
     are new Parameters: give `optimizer`, or build it afterwards.
@@ -130,6 +131,10 @@ def sparsify_(
     named = masks is not None or plan is not None
     uniform = distribution == "uniform"
     choice = choose(model, known, own_filter, exclude, first_conv_stays=uniform, named=named)
+    if not named and init != "keep":  # what is sparse was made so before, and may be trained
+        choice = choice._replace(
+            targets=[t for t in choice.targets if not isinstance(t.module, SparseLayer)]
+        )
     if not choice.targets:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
         raise ConfigError(f"`model` has no layer left to make sparse ({kinds})")
