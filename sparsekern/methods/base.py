@@ -7,11 +7,12 @@ layer. `decide` makes of them, and of the layers alone, what an update changes.
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.optimizer_state import check_followable, check_holds
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.methods import ranks
@@ -97,8 +98,27 @@ class Method(Loop):
         self.grow_init, self.norm = grow_init, norm
         self.grad_accumulation, self.seed = grad_accumulation, seed
         self.history: list[UpdateRecord] = []
+        self.followed: list[Followed] = []
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self._attach()
+
+    def follow(self, average: Any) -> None:
+        """Let an average of the model follow its topology updates: weights keep their positions.
+
+        Torch's `AveragedModel`, and those of Lightning, ema_pytorch and timm, are found by
+        themselves where they were built from the model; this is for all others. An average is
+        held weakly. New weights start at 0 in it.
+
+        Args:
+            average: a module with a copy of the model's sparse layers, under the same names but
+                for a prefix.
+
+        Raises:
+            AverageError: naming the layer that it lacks, or that holds other connections.
+            DtypeError: it is no module.
+        """
+        known = [item for item in self.followed if item.average is not None]
+        self.followed = [*known, follow(self.layers, average)]
 
     # ---- which to drop, which to grow, with which value: for subclasses
 
@@ -204,7 +224,8 @@ class Method(Loop):
 
     def _update(self) -> None:
         fraction = self.schedule.fraction(self.weight_steps)
-        changes = change(self.layers, self.decide(fraction), self.optimizer)
+        twins = twins_of(self.layers, self.followed)
+        changes = change(self.layers, self.decide(fraction), self.optimizer, twins)
         if ranks.is_distributed():
             ranks.check_agreement({n: layer.topology for n, layer in self.layers.items()})
         self.history.append(UpdateRecord(self.weight_steps, fraction, changes))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsekern.carry.averages import in_step
 from sparsekern.carry.optimizer_state import state_tensors
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer
@@ -52,8 +53,9 @@ def change(
     layers: Mapping[str, SparseLayer],
     decisions: Mapping[str, Decision],
     optimizer: torch.optim.Optimizer,
+    twins: Mapping[str, Sequence[SparseLayer]],
 ) -> dict[str, LayerChange]:
-    """Rewire the layers in place; values and optimizer state follow their weights.
+    """Rewire the layers in place; values, optimizer state and averages follow their weights.
 
     Raises:
         OptimizerError: a state can't follow; nothing has changed then.
@@ -63,9 +65,14 @@ def change(
         layer = layers[name]
         with ranged("rewire", name):
             layer.rewire_(update.topology, update.source, [layer.values.data, *states[name]])
+            for twin in twins.get(name, ()):
+                there = twin.values.device
+                topology, source = update.topology.to(there), update.source.to(there)
+                twin.rewire_(topology, source, [twin.values.data])
         if values is not None:
             blocks = layer.active_values().clone()
             blocks[update.source < 0] = values.to(blocks)
             layer.set_active_values(blocks)
         layer.values.grad = None  # it belongs to the old positions
+    in_step(layers, twins)
     return {name: LayerChange(d.dropped, d.update.grown) for name, d in decisions.items()}
