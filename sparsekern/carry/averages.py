@@ -125,15 +125,17 @@ def _twins_of(layers: Mapping[str, SparseLayer], followed: Sequence[Followed]) -
     for item in followed:
         if item.average is None:
             continue
-        for name, twin in item.layers().items():
-            if twin is None:
+        for name, own in item.layers().items():
+            if own is None:
                 raise AverageError(f"a followed average has lost its layer {name!r}")
             if name in twins:
-                _take(twins[name], name, layers[name], twin, item.average, required=True)
+                _take(twins[name], name, layers[name], own, item.average, required=True)
     names = {id(layer): name for name, layer in layers.items()}
     for average in averages():
         for twin, path in held_layers(averaged_model(average)).items():
-            if not isinstance(twin, SparseLayer) or any(twin is t for ts in twins.values() for t in ts):
+            if not isinstance(twin, SparseLayer) or any(
+                twin is t for ts in twins.values() for t in ts
+            ):
                 continue
             source = _source(twin)
             if source is None:
@@ -211,8 +213,8 @@ def _mark_unknown(
         if twin._left is None and lineage.same_connections(layer, twin):
             twin._left = LeftBehind(weakref.ref(layer), layer._era)
             log.warning(
-                "layer %r of a %s holds the connections of the model, but is no copy of its layer "
-                "and does not follow its topology: if it averages this model, call "
+                "layer %r of an average (%s) holds the connections of the model, but is no copy "
+                "of its layer and does not follow its topology: if it averages this model, call "
                 "method.follow(average)",
                 path,
                 type(average).__name__,

@@ -1,8 +1,8 @@
 """Averages of models: which there are, and index arrays that their averaging has spoiled.
 
 An average of weights copies its model and writes to the copy's parameters, and to its buffers too:
-it copies those of the model, or takes averages of them, whose rounding leaves no topology. Its index
-arrays are the model's; where they are not, they are written anew.
+it copies those of the model, or averages them, which rounds and leaves no topology. The index
+arrays of an average are its model's; where they are not, they are written anew.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ PLACES = {
 class _Scan:
     """The averages that were found, and how many layers there had been then."""
 
-    born = -1
-    averages: tuple[weakref.ref[Any], ...] = ()
-    layers: WeakSet[HeldTopology] = WeakSet()
+    def __init__(self) -> None:
+        self.born = -1
+        self.averages: tuple[weakref.ref[Any], ...] = ()
+        self.layers: WeakSet[HeldTopology] = WeakSet()
+
+
+_scan = _Scan()
 
 
 def place_of(kind: type) -> str | None:
@@ -60,12 +64,12 @@ def averages(again: bool = False) -> list[Any]:
 
     They are looked for among all objects, and only if a layer was made since the last time.
     """
-    if again or _Scan.born != lineage.born():
+    if again or _scan.born != lineage.born():
         found = _containers()
-        _Scan.born = lineage.born()
-        _Scan.averages = tuple(weakref.ref(container) for container in found)
-        _Scan.layers = WeakSet(layer for c in found for layer in held_layers(averaged_model(c)))
-    return [c for c in (ref() for ref in _Scan.averages) if c is not None]
+        _scan.born = lineage.born()
+        _scan.averages = tuple(weakref.ref(container) for container in found)
+        _scan.layers = WeakSet(layer for c in found for layer in held_layers(averaged_model(c)))
+    return [c for c in (ref() for ref in _scan.averages) if c is not None]
 
 
 def averaged_model(average: Any) -> Any:
@@ -83,7 +87,7 @@ def times_averaged(average: Any) -> int:
 def is_averaged(layer: HeldTopology) -> bool:
     """Whether a layer belongs to a known average."""
     averages()
-    return layer in _Scan.layers
+    return layer in _scan.layers
 
 
 def held_layers(model: Any) -> dict[HeldTopology, str]:

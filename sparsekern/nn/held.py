@@ -152,13 +152,14 @@ class HeldTopology(nn.Module):
         return self.__dict__ | lost | {"_origin": Origin(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_era": Era()} | state)
+        super().__setstate__({"_era": Era()} | state)  # type: ignore[no-untyped-call]
         lineage.register(self)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As torch's. Who walks a model to its buffers finds no arrays that averaging spoiled."""
         self._mend()
-        return super().named_modules(*args, **kwargs)
+        named: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return named
 
     def _mend(self) -> None:
         """Write index arrays of an average anew that are no topology since they were averaged."""

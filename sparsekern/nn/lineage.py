@@ -6,6 +6,7 @@ All of it is weak and stays in the process: a copy keeps no layer alive, and a p
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from sparsekern.nn.held import HeldTopology
 
 _alive: WeakSet[HeldTopology] = WeakSet()
-_born = 0
+_births: Counter[str] = Counter()
 
 
 class Era:
@@ -62,14 +63,13 @@ class Origin:
 
 def register(layer: HeldTopology) -> None:
     """Take note of a new layer, made or copied."""
-    global _born
     _alive.add(layer)
-    _born += 1
+    _births["layers"] += 1
 
 
 def born() -> int:
     """How many layers there have been: nothing new can hold one as long as it stays the same."""
-    return _born
+    return _births["layers"]
 
 
 def alive() -> list[HeldTopology]:
@@ -92,7 +92,7 @@ def join_era(layer: HeldTopology) -> None:
     if not layer._related or layer.col.is_meta:
         return
     for other in alive():
-        if other is not layer and other._related and not other.col.is_meta:
-            if same_connections(layer, other):
-                layer._era = other._era
-                return
+        known = other is not layer and other._related and not other.col.is_meta
+        if known and same_connections(layer, other):
+            layer._era = other._era
+            return

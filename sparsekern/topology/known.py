@@ -57,7 +57,7 @@ class _Proof(NamedTuple):
 _proofs: Any = WeakTensorKeyDictionary()  # by the first array
 
 menders: list[Callable[[Topology], bool]] = []
-"""Asked before arrays that someone wrote to are validated: whether they know, or made, them valid."""
+"""Asked before arrays that someone wrote to are validated: True where they are valid now."""
 
 
 def versions_of(arrays: Iterable[Tensor]) -> tuple[int, ...]:
