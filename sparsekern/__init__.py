@@ -9,6 +9,7 @@ sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 
 from sparsekern import ops
 from sparsekern.errors import (
+    AverageError,
     ConfigError,
     DataError,
     DeviceError,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SET",
+    "AverageError",
     "Budget",
     "ConfigError",
     "DataError",

@@ -7,7 +7,7 @@ written to; see `sparsekern.topology.known`. Only what this library writes itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, Self
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern.errors import ShapeError, TopologyError
+from sparsekern.nn import averaged, lineage
+from sparsekern.nn.lineage import Era, Origin
 from sparsekern.topology import ARRAY_NAMES, Topology
 from sparsekern.topology.known import forget, is_tracked, vouch
 
@@ -37,6 +39,10 @@ class HeldTopology(nn.Module):
     _blank = False  # whether the index arrays are memory that nothing was written to
     _topology: Topology | None = None  # of the buffers as they were then
     _buffers_then: tuple[Tensor | None, ...] = ()
+    _era: Era
+    _origin: Origin | None = None  # of a copy
+    _related = False  # whether it is a copy, or was copied
+    _left: averaged.LeftBehind | None = None
 
     def __init__(self, topology: Topology) -> None:
         super().__init__()
@@ -50,6 +56,8 @@ class HeldTopology(nn.Module):
                 self.register_buffer(name, array.clone())
         if known is not None:
             self._trust()
+        self._era = Era()
+        lineage.register(self)
 
     @property
     def topology(self) -> Topology:
@@ -117,6 +125,7 @@ class HeldTopology(nn.Module):
         for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
             getattr(self, name).copy_(array)
         self._trust()
+        self._era, self._left = Era(), None
 
     # ---- torch plumbing
 
@@ -138,7 +147,30 @@ class HeldTopology(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has tensors of its own: what is known of these does not hold for them."""
-        return self.__dict__ | {"_topology": None, "_buffers_then": ()}
+        self._related = True
+        lost = {"_topology": None, "_buffers_then": (), "_left": None}
+        return self.__dict__ | lost | {"_origin": Origin(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_era": Era()} | state)  # type: ignore[no-untyped-call]
+        lineage.register(self)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's. Who walks a model to its buffers finds no arrays that averaging spoiled."""
+        self._mend()
+        named: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return named
+
+    def _mend(self) -> None:
+        """Write index arrays of an average anew that are no topology since they were averaged."""
+        if not self._related or torch.compiler.is_compiling() or averaged.is_known(self):
+            return
+        if averaged.mend(self):
+            self._trust()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._mend()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self,
@@ -159,6 +191,8 @@ class HeldTopology(nn.Module):
             self._blank = self._blank and self.col.is_meta
             if _is_copy(self._held(), incoming):
                 self._trust()
+            self._left = None
+            lineage.join_era(self)
         if self.dense_mask is not None:
             self.dense_mask.copy_(self.topology.to_mask())
 
