@@ -115,7 +115,7 @@ def calls(m: nn.Module, o: torch.optim.Optimizer) -> None:
     sk.SET(m, o, t_end=5, norm="l2")
     sk.RigL(m, [o, o], t_end=0.75, total_steps=100)
     sk.Static(m)  # call-arg
-    Mine(m, m, t_end=5)  # arg-type
+    Mine(m)  # call-arg
     sk.RigL(m, o, 5)  # call-arg misc
     sk.RigL(m, o, t_end=5, update_frequency=3)  # call-arg
     sk.SET(m, o, t_end="5")  # arg-type
