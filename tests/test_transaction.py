@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekern import SET, RigL, Static, sparse_layers, sparsify_
+from sparsekern import SET, RigL, sparse_layers, sparsify_
 from sparsekern.carry.transaction import Append, Attribute, Copy, Item, commit
 
 EVERY = 1 if os.environ.get("SPARSEKERN_ALL_LINES") else 499
@@ -177,13 +177,6 @@ def test_a_target_that_can_never_be_written_leaves_the_old_model(monkeypatch, im
     assert not getattr(raised.value, "__notes__", ())
     assert comparable(run.held()) == old
     assert run.method.step()
-
-
-def test_static_changes_nothing():
-    run = Run(Static, 1, None)
-    before = comparable(run.held())[2 + len(list(run.model.parameters())) :]
-    run.method.step()
-    assert comparable(run.held())[2 + len(list(run.model.parameters())) :] == before
 
 
 def test_writes_are_taken_back_in_spite_of_a_second_exception(monkeypatch):
