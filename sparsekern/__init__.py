@@ -8,8 +8,10 @@ sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 """
 
 from sparsekern import ops
+from sparsekern.checkpoint import SavedLayer, load, save
 from sparsekern.errors import (
     AverageError,
+    CheckpointError,
     ConfigError,
     DataError,
     DeviceError,
@@ -49,6 +51,7 @@ __all__ = [
     "SET",
     "AverageError",
     "Budget",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "DeviceError",
@@ -62,6 +65,7 @@ __all__ = [
     "RankMismatchError",
     "Report",
     "RigL",
+    "SavedLayer",
     "ShapeError",
     "SparseConv1d",
     "SparseConv2d",
@@ -80,9 +84,11 @@ __all__ = [
     "UnavailableError",
     "WeightError",
     "densify_",
+    "load",
     "ops",
     "plan",
     "profile",
+    "save",
     "sparse_layers",
     "sparsify_",
 ]

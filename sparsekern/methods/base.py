@@ -112,6 +112,7 @@ class Method(Loop):
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
+        self._ready_layers: frozenset[str] | None = None  # of the update that is being made
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self._begin()
 
@@ -176,7 +177,7 @@ class Method(Loop):
         Raises:
             ConfigError, ShapeError, TopologyError: an override or the budget gives what can't be.
         """
-        layers, keep = self.trained_layers(), {}
+        layers, keep = self.updated_layers(), {}
         for name, layer in layers.items():
             with ranged("drop", name), _naming(name):
                 kept = self.survivors(name, layer, fraction)
@@ -206,6 +207,11 @@ class Method(Loop):
         """The layers that take part now: those whose values are not frozen."""
         return {name: m for name, m in self.layers.items() if m.values.requires_grad}
 
+    def updated_layers(self) -> dict[str, SparseLayer]:
+        """Those of them that an update changes: without a gradient, RigL leaves a layer out."""
+        layers, ready = self.trained_layers(), self._ready_layers
+        return {n: m for n, m in layers.items() if ready is None or n in ready}
+
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator seeded by seed, weight step and layer: equal on every rank and resume."""
         index = list(self.layers).index(name)
@@ -221,6 +227,7 @@ class Method(Loop):
         )
 
     def _watch(self, due: bool) -> None:
+        self._ready_layers = None
         fraction = self.schedule.fraction(self.weight_steps)
         layers = self.trained_layers() if due else {}
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
@@ -236,18 +243,18 @@ class Method(Loop):
         return bool(layers)
 
     def _ready(self) -> bool:
-        layers = self.trained_layers()
-        if not ranks.all_agree(lambda: self._has_sources(layers), "be ready for a topology update"):
+        layers, step = self.trained_layers(), self.weight_steps
+        self._ready_layers = self.growth.ready(layers, step, self.last_update)
+        if not self._ready_layers:
             self._watch(True)
             return False
-        return True
+        return ranks.all_agree(self._are_finite, "look at its weights")
 
-    def _has_sources(self, layers: Mapping[str, SparseLayer]) -> bool:
-        step = self.weight_steps
-        if not self.growth.ready(layers, step, self.last_update):
-            return False
+    def _are_finite(self) -> bool:
+        layers = self.updated_layers()
         broken = [n for n, m in layers.items() if not bool(m.values.isfinite().all())]
         if broken:
+            step = self.weight_steps
             log.warning("update at weight step %d not made: %s not finite", step, broken)
         return not broken
 

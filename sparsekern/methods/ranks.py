@@ -28,6 +28,15 @@ def sum_over_ranks(slab: Tensor) -> None:
     dist.all_reduce(slab)
 
 
+def gather(mine: T) -> list[T]:
+    """What each rank gives, by rank; of a single process, what it gives itself."""
+    if not is_distributed():
+        return [mine]
+    everyone: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def check_agreement(topologies: Mapping[str, Topology]) -> None:
     """Compare all ranks' topologies.
 
@@ -35,7 +44,7 @@ def check_agreement(topologies: Mapping[str, Topology]) -> None:
         RankMismatchError: naming the first layer and rank that differ from rank 0.
     """
     mine = {name: topology.digest() for name, topology in topologies.items()}
-    everyone = _everyone(mine)
+    everyone = gather(mine)
     for rank, theirs in enumerate(everyone):
         for name, digest in everyone[0].items():
             if theirs.get(name) != digest:
@@ -64,7 +73,7 @@ def together(work: Callable[[], T], what: str) -> T:
         done.append(work())
     except Exception as error:
         failed = error
-    for rank, text in enumerate(_everyone(None if failed is None else _full(failed))):
+    for rank, text in enumerate(gather(None if failed is None else _full(failed))):
         if text is not None:
             raise RankMismatchError(f"rank {rank} could not {what}: {text}") from failed
     return done[0]
@@ -76,14 +85,7 @@ def all_agree(ready: Callable[[], bool], what: str) -> bool:
     Raises:
         RankMismatchError: asking failed somewhere, as in `together`.
     """
-    own = together(ready, what)
-    return all(_everyone(own)) if is_distributed() else own
-
-
-def _everyone(mine: T) -> list[T]:
-    found: list[T] = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
+    return all(gather(together(ready, what)))
 
 
 def _full(error: Exception) -> str:

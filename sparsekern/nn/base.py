@@ -18,6 +18,7 @@ from sparsekern.ops.capture import capture
 from sparsekern.ops.cpu import choice
 from sparsekern.ops.direct import any_autocast
 from sparsekern.ops.dispatch import check_impl, resolve
+from sparsekern.ops.library import is_traced
 from sparsekern.topology import Topology
 
 L = TypeVar("L", bound=nn.Module)
@@ -27,7 +28,7 @@ class SparseLayer(HeldTopology):
     """Base of layers with one sparse weight matrix of shape (rows, cols).
 
     The parameter `values` holds the active blocks only, (nnzb, bh, bw) in CSR order of the
-    topology, whose index arrays are persistent int32 buffers. Topology updates overwrite both in
+    topology, whose index arrays are int32 buffers. Topology updates overwrite both in
     place, so optimizers, DDP buckets and CUDA graphs stay valid.
 
     Under `impl="masked"`, the reference, `values` is the dense (rows, cols) matrix instead,
@@ -50,11 +51,6 @@ class SparseLayer(HeldTopology):
         self.values = nn.Parameter(torch.zeros(shape, dtype=dtype, device=topology.device))
 
     # ---- facts
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense layer's weight; the matrix's own unless a subclass differs."""
-        return self.matrix_shape
 
     @property
     def weight(self) -> WeightView:
@@ -215,6 +211,11 @@ class SparseLayer(HeldTopology):
         """Score the dense gradient of pairs (dy, x) from `capture`; see `ops.grow_scores`."""
         return ops.grow_scores(dys, xs, self.topology, k, norm=norm, reduce=reduce, impl=self.impl)
 
+    def no_pair(self) -> tuple[Tensor, Tensor]:
+        """A pair (dy, x) of no tokens: its dense gradient is zero."""
+        rows, cols = self.matrix_shape
+        return self.values.detach().new_empty(0, rows), self.values.detach().new_empty(0, cols)
+
     def observe(self, key: int) -> None:
         """Pass (dy, x) of coming backward passes to the capture sink `key`; 0 stops it."""
         self._capture_key = key
@@ -266,9 +267,11 @@ class SparseLayer(HeldTopology):
 
     def _observed(self, y: Tensor, x: Tensor) -> Tensor:
         """Route y = f(x) through the capture operator if observed."""
-        if self._capture_key and torch.is_grad_enabled() and y.requires_grad:
-            return cast(Tensor, capture(y, x, self._capture_key))
-        return y
+        if not self._capture_key or not torch.is_grad_enabled() or not self.values.requires_grad:
+            return y
+        if is_traced():
+            return y
+        return cast(Tensor, capture(y, x, self.values, self._capture_key))
 
     # ---- torch plumbing
 

@@ -152,6 +152,10 @@ class SparseConv(SparseLayer):
         """(C_out, C_in / groups, *kernel_size) of a matrix (rows, cols)."""
         return to_kernel(matrix, self.geometry).view(self.weight_shape)
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """(rows, cols) of a weight (C_out, C_in / groups, *kernel_size), a view where it can be."""
+        return matrix_of(weight)
+
     # ---- use
 
     def forward(self, input: Tensor) -> Tensor:
@@ -180,6 +184,13 @@ class SparseConv(SparseLayer):
         return ops.conv2d_grow_scores(
             dys, xs, self.topology, self.geometry, k, norm=norm, reduce=reduce
         )
+
+    def no_pair(self) -> tuple[Tensor, Tensor]:
+        """A pair (dy, x) of no images."""
+        g, like = self.geometry, self.values.detach()
+        size = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
+        x = like.new_empty(0, self.in_channels, *size)
+        return like.new_empty(0, self.out_channels, *g.output_size(*size)), x
 
     # ---- conversion
 
