@@ -2,10 +2,9 @@
 
 seconds = fixed cost + (FLOPs / rate + numbers in and out * cost of a number) / threads
 
-The rates are fitted to layers of 16 to 4096 channels, measured with two threads of an Intel Xeon at
-2.5 to 2.8 GHz with AVX-512 (speed.json, conv_speed.json and recurrent_speed.json as of commit
-ddb53b6), by `python -m benchmarks.cpu_rates`, with typical errors of 7 % (linear) to 22 %
-(recurrent). They hold for float32, with numba installed. The fixed costs are those of tiny layers
+The rates are fitted to layers of 16 to 4096 channels, measured with two threads of an AMD EPYC with
+AVX2 (benchmarks/results/cpu/suite.json of commit d0025a7), by `python -m benchmarks.cpu_rates`, with
+typical errors of 7 % (1x1 convolutions) to 18 % (recurrent). They hold for float32, with numba installed. The fixed costs are those of tiny layers
 on the same machine. Another machine has another speed, but much the same ratios.
 """
 
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SOURCE = "rates measured on an Intel Xeon at 2.5 to 2.8 GHz (sparsekern/cost/cpu_rates.py)"
+SOURCE = "rates measured on an AMD EPYC with AVX2 (sparsekern/cost/cpu_rates.py)"
 
 
 class Fixed(NamedTuple):
@@ -60,18 +59,18 @@ WEIGHT_SECONDS = 1e-9
 """Of a stored float32 weight: read twice and its gradient written once, 12 bytes at 12 GB/s."""
 
 FIXED = {
-    "linear": Fixed(0.8e-4, 4.0e-4),
-    "conv": Fixed(1.2e-4, 7.5e-4),
-    "pointwise": Fixed(0.9e-4, 7.5e-4),
-    "recurrent": Fixed(1.8e-4, 1.1e-3, 1.1e-4, 1.35e-4),
+    "linear": Fixed(1.3e-4, 3.0e-4),
+    "conv": Fixed(2.2e-4, 5.5e-4),
+    "pointwise": Fixed(1.8e-4, 6.0e-4),
+    "recurrent": Fixed(3.0e-4, 1.0e-3, 1.9e-4, 2.0e-4),
 }
 """By kind of layer."""
 
 RATES = {  # as printed by benchmarks.cpu_rates
-    "linear": Rates(105, 5.1, {1: 20.5, 4: 28.4, 16: 46, 32: 73.3, 64: 102, 128: 105}, 7.2),
-    "conv": Rates(88.6, 7.4, {1: 29.1, 16: 72, 32: 64.6, 64: 72.4}, 5.5),
-    "pointwise": Rates(32, 4.2, {1: 18.3, 16: 23.1, 32: 32, 64: 28.2}, 3.7),
-    "recurrent": Rates(124, 26, {1: 13.2, 16: 22.8, 32: 29.7}, 17),
+    "linear": Rates(75.4, 5.8, {1: 22.3, 4: 22.4, 16: 37.5, 32: 51.6, 64: 65.3, 128: 75.4}, 3.3),
+    "conv": Rates(67.9, 10, {1: 16.3, 16: 50, 32: 54.4}, 5.8),
+    "pointwise": Rates(20, 1.8, {1: 7.76, 16: 20, 32: 20}, 3),
+    "recurrent": Rates(207, 30, {1: 25.1, 16: 35, 32: 42.5}, 5.4),
 }
 """By kind of layer; of another block, the rate of the largest that is no larger is taken."""
 
