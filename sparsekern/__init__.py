@@ -10,6 +10,7 @@ sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 from sparsekern import ops
 from sparsekern.checkpoint import SavedLayer, load, save
 from sparsekern.errors import (
+    AverageError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SET",
+    "AverageError",
     "Budget",
     "CheckpointError",
     "ConfigError",

@@ -45,6 +45,10 @@ class OptimizerError(SparseKernError, ValueError):
     """An optimizer does not hold a layer's values, or its state can't follow a topology update."""
 
 
+class AverageError(SparseKernError, ValueError):
+    """An average of weights does not hold the connections of the model that it averages."""
+
+
 class TrainingLoopError(SparseKernError, RuntimeError):
     """A training loop did not do what a method was told it would."""
 

@@ -3,9 +3,10 @@
 seconds = fixed cost + (FLOPs / rate + numbers in and out * cost of a number) / threads
 
 The rates are fitted to layers of 16 to 4096 channels, measured with two threads of an AMD EPYC with
-AVX2 (benchmarks/results/cpu/suite.json of commit d0025a7), by `python -m benchmarks.cpu_rates`, with
-typical errors of 7 % (1x1 convolutions) to 18 % (recurrent). They hold for float32, with numba installed. The fixed costs are those of tiny layers
-on the same machine. Another machine has another speed, but much the same ratios.
+AVX2 (benchmarks/results/cpu/suite.json of commit d0025a7), by `python -m benchmarks.cpu_rates`,
+with typical errors of 7 % (1x1 convolutions) to 18 % (recurrent). They hold for float32, with numba
+installed. The fixed costs are those of tiny layers on the same machine. Another machine has another
+speed, but much the same ratios.
 """
 
 from __future__ import annotations

@@ -7,19 +7,22 @@ layer. `decide` makes of them, and of the layers alone, what an update changes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
-from sparsekern.carry.optimizer_state import check_followable
+from sparsekern.carry.optimizer_state import check_followable, check_state
+from sparsekern.carry.transaction import Append, Attribute, Write
 from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.methods import ranks
 from sparsekern.methods.budget import Budget, check_exact, same
-from sparsekern.methods.change import Decision, UpdateRecord, change
+from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
 from sparsekern.methods.loop import Loop
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
 from sparsekern.methods.sources import Source
@@ -109,9 +112,28 @@ class Method(Loop):
         self._held = set(self.trained_layers())
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
+        self.followed: list[Followed] = []
         self._ready_layers: frozenset[str] | None = None  # of the update that is being made
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self._begin()
+
+    def follow(self, average: Any) -> None:
+        """Let an average of the model follow its topology updates: weights keep their positions.
+
+        Torch's `AveragedModel`, and those of Lightning, ema_pytorch and timm, are found by
+        themselves where they were built from the model; this is for all others. An average is
+        held weakly. New weights start at 0 in it.
+
+        Args:
+            average: a module with a copy of the model's sparse layers, under the same names but
+                for a prefix.
+
+        Raises:
+            AverageError: naming the layer that it lacks, or that holds other connections.
+            DtypeError: it is no module.
+        """
+        known = [item for item in self.followed if item.average is not None]
+        self.followed = [*known, follow(self.layers, average)]
 
     # ---- which to drop, which to grow, with which value: for subclasses
 
@@ -158,7 +180,7 @@ class Method(Loop):
         """
         layers, keep = self.updated_layers(), {}
         for name, layer in layers.items():
-            with ranged("drop", name):
+            with ranged("drop", name), _naming(name):
                 kept = self.survivors(name, layer, fraction)
                 keep[name] = _expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
         dropped = {name: kept.numel() - int(kept.sum()) for name, kept in keep.items()}
@@ -166,7 +188,7 @@ class Method(Loop):
         check_exact(dropped, grown)
         decisions = {}
         for name, layer in layers.items():
-            with ranged("grow", name):
+            with ranged("grow", name), _naming(name):
                 update = self._grow(name, layer, keep[name], grown[name])
                 values = self.grown_values(name, layer, update)
                 if values is not None:
@@ -231,17 +253,30 @@ class Method(Loop):
         if not self._ready_layers:
             self._watch(True)
             return False
+        return ranks.all_agree(self._are_finite, "look at its weights")
+
+    def _are_finite(self) -> bool:
+        layers = self.updated_layers()
         broken = [n for n, m in layers.items() if not bool(m.values.isfinite().all())]
         if broken:
+            step = self.weight_steps
             log.warning("update at weight step %d not made: %s not finite", step, broken)
         return not broken
 
     def _update(self) -> None:
-        fraction = self.schedule.fraction(self.weight_steps)
-        changes = change(self.layers, self.decide(fraction), self.optimizers)
+        step, fraction = self.weight_steps, self.schedule.fraction(self.weight_steps)
+        decisions, twins = ranks.together(
+            lambda: (self.decide(fraction), twins_of(self.layers, self.followed)),
+            "decide a topology update",
+        )
         if ranks.is_distributed():
-            ranks.check_agreement({n: layer.topology for n, layer in self.layers.items()})
-        self.history.append(UpdateRecord(self.weight_steps, fraction, changes))
+            ranks.check_agreement({name: d.update.topology for name, d in decisions.items()})
+
+        def record(changes: dict[str, LayerChange]) -> list[Write]:
+            done: list[Write] = [Append(self.history, UpdateRecord(step, fraction, changes))]
+            return [*done, Attribute(self, "last_update", step), *self._spending()]
+
+        change(self.layers, decisions, self.optimizers, twins, record)
 
 
 def _optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
@@ -280,6 +315,7 @@ def _layers_to_train(
     for name, layer in layers.items():
         if layer.values.requires_grad:
             check_holds(optimizers, name, layer.values)
+            check_state(optimizers, name, layer.values)
     return layers
 
 
@@ -294,3 +330,13 @@ def _expect(
             f"got {got.dtype} of shape {tuple(got.shape)}"
         )
     return got
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Let an exception say which layer it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in layer {name!r}")
+        raise

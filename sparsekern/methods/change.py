@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekern.carry.optimizer_state import state_tensors
-from sparsekern.carry.wrappers import unwrapped
+from sparsekern.carry.rewire import rewired
+from sparsekern.carry.transaction import Write, commit
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.ranges import ranged
@@ -53,24 +53,38 @@ def change(
     layers: Mapping[str, SparseLayer],
     decisions: Mapping[str, Decision],
     optimizers: Sequence[torch.optim.Optimizer],
+    twins: Mapping[str, Sequence[SparseLayer]],
+    then: Callable[[dict[str, LayerChange]], Iterable[Write]] = lambda _: (),
 ) -> dict[str, LayerChange]:
-    """Rewire the layers in place; values and optimizer state follow their weights.
+    """Rewire the layers: values, optimizer state and averages follow their weights, all or nothing.
+
+    Everything is computed before anything is written. What breaks in between, a signal too, is
+    raised on, and leaves the layers as they were. Layers keep their memory where their number of
+    active blocks stays; where it changes, the parameter stays the same object.
+
+    Args:
+        layers: by name.
+        decisions: what is to happen to them.
+        optimizers: whose state follows.
+        twins: layers of averages that hold the same topology, for each layer.
+        then: from what each layer did, what else is to be written with it.
 
     Raises:
         OptimizerError: a state can't follow; nothing has changed then.
     """
-    chain = [inner for optimizer in optimizers for inner in unwrapped(optimizer)]
-    states = {}
-    for name in decisions:
-        found = [t for o in chain for t in state_tensors(o, name, layers[name].values)]
-        states[name] = list({id(t): t for t in found}.values())  # a wrapper may show another's
+    writes: list[Write] = []
     for name, (update, _, values) in decisions.items():
-        layer = layers[name]
         with ranged("rewire", name):
-            layer.rewire_(update.topology, update.source, [layer.values.data, *states[name]])
-        if values is not None:
-            blocks = layer.active_values().clone()
-            blocks[update.source < 0] = values.to(blocks)
-            layer.set_active_values(blocks)
-        layer.values.grad = None  # it belongs to the old positions
-    return {name: LayerChange(d.dropped, d.update.grown) for name, d in decisions.items()}
+            writes += rewired(
+                name,
+                layers[name],
+                update.topology,
+                update.source,
+                values=values,
+                optimizers=optimizers,
+                twins=twins.get(name, ()),
+            )
+    changes = {name: LayerChange(d.dropped, d.update.grown) for name, d in decisions.items()}
+    writes += then(changes)
+    commit(writes)
+    return changes

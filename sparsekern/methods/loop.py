@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sparsekern.carry.transaction import Attribute, Write
 from sparsekern.carry.wrappers import has_hooks, parameters, unwrapped
 from sparsekern.errors import ConfigError
 from sparsekern.methods import progress
@@ -78,7 +79,7 @@ class Loop:
         raise NotImplementedError
 
     def _update(self) -> None:
-        """Make the update."""
+        """Make the update, all or nothing, `last_update` and `_spending` with it."""
         raise NotImplementedError
 
     def _weights(self) -> Iterable[nn.Parameter]:
@@ -103,13 +104,7 @@ class Loop:
         The optimizer's hooks call this; calling it by hand after backward does no harm. With
         `step_on_update` the update belongs after the weight step, so only the hooks make it.
         """
-        if self.step_on_update or not self._update_if_due():
-            return False
-        # the batch is spent: without gradients no optimizer takes a weight step either
-        for chain in self._chains:
-            for parameter in parameters(chain):
-                parameter.grad = None
-        return True
+        return not self.step_on_update and self._update_if_due()
 
     def __call__(self) -> bool:
         """For loops written as `if method(): optimizer.step()`: False after an update step."""
@@ -143,6 +138,13 @@ class Loop:
         """
         self._resume(progress.decode(state))
         self._publish()
+
+    def _spending(self) -> list[Write]:
+        """What spends the batch: without gradients no optimizer takes a weight step either."""
+        if self.step_on_update:
+            return []
+        own = {id(p): p for chain in self._chains for p in parameters(chain) if p.grad is not None}
+        return [Attribute(parameter, "grad", None) for parameter in own.values()]
 
     # ---- attaching
 
@@ -253,7 +255,6 @@ class Loop:
             return False
         with ranged("update"):
             self._update()
-        self.last_update = self.weight_steps
         self._watch(self.due)
         self._publish()
         return True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsekern.errors import RankMismatchError
+from sparsekern.errors import RankMismatchError, told
 from sparsekern.topology import Topology
 
 T = TypeVar("T")
@@ -44,8 +44,7 @@ def check_agreement(topologies: Mapping[str, Topology]) -> None:
         RankMismatchError: naming the first layer and rank that differ from rank 0.
     """
     mine = {name: topology.digest() for name, topology in topologies.items()}
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather(mine)
     for rank, theirs in enumerate(everyone):
         for name, digest in everyone[0].items():
             if theirs.get(name) != digest:
@@ -53,3 +52,41 @@ def check_agreement(topologies: Mapping[str, Topology]) -> None:
                     f"layer {name!r} has another topology on rank {rank} than on rank 0: "
                     f"digest {str(theirs.get(name))[:12]} against {digest[:12]}"
                 )
+
+
+def together(work: Callable[[], T], what: str) -> T:
+    """Do the same on all ranks; what one can't do fails on all of them, and nobody waits for it.
+
+    Args:
+        work: without collectives in it.
+        what: it does, in a word for messages.
+
+    Raises:
+        RankMismatchError: on every rank, naming the first one on which it failed, and why. Where
+            nobody else trains, what was raised comes as it is.
+    """
+    if not is_distributed():
+        return work()
+    failed: Exception | None = None
+    done: list[T] = []
+    try:
+        done.append(work())
+    except Exception as error:
+        failed = error
+    for rank, text in enumerate(gather(None if failed is None else _full(failed))):
+        if text is not None:
+            raise RankMismatchError(f"rank {rank} could not {what}: {text}") from failed
+    return done[0]
+
+
+def all_agree(ready: Callable[[], bool], what: str) -> bool:
+    """Whether all ranks say yes; each of them gets the same answer.
+
+    Raises:
+        RankMismatchError: asking failed somewhere, as in `together`.
+    """
+    return all(gather(together(ready, what)))
+
+
+def _full(error: Exception) -> str:
+    return "; ".join((told(error), *getattr(error, "__notes__", ())))

@@ -132,16 +132,64 @@ class SparseLayer(HeldTopology):
         """
         topology.known()  # validated before anything changes, and so are the buffers as they are
         _ = self.topology
+        fresh = self.fresh_slots(topology, source)
         with torch.no_grad():
-            if self.dense_mask is None:
-                for tensor in tensors:
-                    tensor.copy_(_gather_or_zero(tensor, source))
-            else:
-                fresh = topology.unpack((source < 0).view(-1, 1, 1).expand(topology.values_shape))
-                for tensor in tensors:
-                    tensor.masked_fill_(fresh, 0)
+            new = [self.moved(tensor.detach(), source, fresh, topology) for tensor in tensors]
+            for tensor, made in zip(tensors, new, strict=True):
+                tensor.copy_(made)
+            if self.dense_mask is not None:
                 self.dense_mask.copy_(topology.to_mask())
             self._overwrite_(topology)
+
+    def fresh_slots(self, topology: Topology, source: Tensor) -> Tensor:
+        """Which entries of `values` are new under a topology.
+
+        Args:
+            topology: the coming one.
+            source: (nnzb,) int64, where each of its blocks stands now; -1 for a new one.
+
+        Returns:
+            int64 places of blocks, or, under `impl="masked"`, a bool mask (rows, cols).
+        """
+        new = source < 0
+        if self.dense_mask is None:
+            return new.nonzero()[:, 0]
+        return topology.unpack(new.view(-1, 1, 1).expand(topology.values_shape))
+
+    def moved(
+        self,
+        tensor: Tensor,
+        source: Tensor,
+        fresh: Tensor,
+        topology: Topology,
+        values: Tensor | None = None,
+        start: float = 0.0,
+    ) -> Tensor:
+        """A tensor like `values`, or with a row for each block, as it is under another topology.
+
+        Args:
+            tensor: as it is.
+            source: (nnzb,) int64, where each new block stands in it; -1 for a new one.
+            fresh: from `fresh_slots`.
+            topology: the coming one.
+            values: of the new blocks (n, bh, bw), in CSR order.
+            start: for all of the new blocks, without `values`.
+        """
+        with torch.no_grad():
+            if self.dense_mask is None:
+                moved = (
+                    tensor.index_select(0, source.clamp(min=0))
+                    if tensor.shape[0]
+                    else (tensor.new_zeros(source.numel(), *tensor.shape[1:]))
+                )
+                if values is None or values.shape[1:] != tensor.shape[1:]:
+                    return moved.index_fill_(0, fresh, start)
+                return moved.index_copy_(0, fresh, values.to(moved))
+            if values is None:
+                return tensor.masked_fill(fresh, start)
+            blocks = tensor.new_zeros(topology.values_shape)
+            blocks[source < 0] = values.to(blocks)
+            return torch.where(fresh, topology.unpack(blocks), tensor)
 
     def reset_values(
         self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
@@ -245,9 +293,3 @@ class SparseLayer(HeldTopology):
         except TopologyError as error:
             return f"block={block}, no topology ({error}), impl={impl}"
         return f"block={block}, sparsity={self.sparsity:.4g}, nnz={self.nnz}, impl={impl}"
-
-
-def _gather_or_zero(tensor: Tensor, source: Tensor) -> Tensor:
-    moved = tensor[source.clamp(min=0)]
-    moved[source < 0] = 0
-    return moved

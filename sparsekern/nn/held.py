@@ -7,7 +7,7 @@ written to; see `sparsekern.topology.known`. Only what this library writes itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, Self
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern.errors import TopologyError
-from sparsekern.nn import saved_state
+from sparsekern.nn import averaged, lineage, saved_state
+from sparsekern.nn.lineage import Era, Origin
 from sparsekern.topology import ARRAY_NAMES, DERIVED_NAMES, STORED_NAMES, Topology
 from sparsekern.topology.known import forget, is_tracked, vouch
 
@@ -41,6 +42,10 @@ class HeldTopology(nn.Module):
     _blank = False  # whether the index arrays are memory that nothing was written to
     _topology: Topology | None = None  # of the buffers as they were then
     _buffers_then: tuple[Tensor | None, ...] = ()
+    _era: Era
+    _origin: Origin | None = None  # of a copy
+    _related = False  # whether it is a copy, or was copied
+    _left: averaged.LeftBehind | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -59,6 +64,8 @@ class HeldTopology(nn.Module):
                 self.register_buffer(name, array.clone(), persistent=name in STORED_NAMES)
         if known is not None:
             self._trust()
+        self._era = Era()
+        lineage.register(self)
 
     @property
     def topology(self) -> Topology:
@@ -130,6 +137,7 @@ class HeldTopology(nn.Module):
         for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
             getattr(self, name).copy_(array)
         self._trust()
+        self._era, self._left = Era(), None
 
     # ---- torch plumbing
 
@@ -151,12 +159,32 @@ class HeldTopology(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has tensors of its own: what is known of these does not hold for them."""
-        return self.__dict__ | {"_topology": None, "_buffers_then": ()}
+        self._related = True
+        lost = {"_topology": None, "_buffers_then": (), "_left": None}
+        return self.__dict__ | lost | {"_origin": Origin(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle; an older one says that all index arrays are to be saved."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({"_era": Era()} | state)  # type: ignore[no-untyped-call]
         self._non_persistent_buffers_set |= set(DERIVED_NAMES)
+        lineage.register(self)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's. Who walks a model to its buffers finds no arrays that averaging spoiled."""
+        self._mend()
+        named: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return named
+
+    def _mend(self) -> None:
+        """Write index arrays of an average anew that are no topology since they were averaged."""
+        if not self._related or torch.compiler.is_compiling() or averaged.is_known(self):
+            return
+        if averaged.mend(self):
+            self._trust()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._mend()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self,
@@ -172,6 +200,9 @@ class HeldTopology(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if incoming is not None and all(map(_holds, self._stored(), (incoming.crow, incoming.col))):
             self._derive(incoming, assign=assign)
+        if incoming is not None:
+            self._left = None
+            lineage.join_era(self)
         mask = self.dense_mask
         if mask is not None and (incoming is not None or not self._blank):
             held = self.topology.to_mask()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +55,9 @@ class _Proof(NamedTuple):
 
 
 _proofs: Any = WeakTensorKeyDictionary()  # by the first array
+
+menders: list[Callable[[Topology], bool]] = []
+"""Asked before arrays that someone wrote to are validated: True where they are valid now."""
 
 
 def versions_of(arrays: Iterable[Tensor]) -> tuple[int, ...]:
@@ -105,7 +108,8 @@ def prove(topology: Topology) -> Known | None:
     """
     if not is_tracked(topology.arrays):
         return None
-    if _proof_of(topology.arrays, topology.layout) is None:
+    unproven = _proof_of(topology.arrays, topology.layout) is None
+    if unproven and not any(mend(topology) for mend in menders):
         topology.validate()
     names = {f.name for f in fields(topology)}
     for name in vars(topology).keys() - names:  # whatever was derived from the arrays as they were
