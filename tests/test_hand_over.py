@@ -120,22 +120,6 @@ def test_sparse_layers_hand_their_state_to_sparser_ones(impl):
     assert held == {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("init", ["sparse", None])
-def test_a_sparsity_without_keep_leaves_sparse_layers_alone(init):
-    model = sk.sparsify_(Everything(), distribution=lambda *_: 0.4, exclude=("head",))
-    before = {n: (m, m.values, m.values.clone()) for n, m in sk.sparse_layers(model).items()}
-    sk.sparsify_(model, distribution=lambda *_: 0.9, init=init)
-    after = sk.sparse_layers(model)
-    assert set(after) == {*before, "head"}
-    for name, (layer, parameter, values) in before.items():
-        assert after[name] is layer
-        assert layer.values is parameter
-        assert torch.equal(parameter, values)
-    assert after["head"].sparsity == pytest.approx(0.9, abs=0.01)
-    with pytest.raises(ConfigError, match="no layer left to make sparse"):
-        sk.sparsify_(model, init=init)
-
-
 def test_matrices_and_biases_that_stay_dense_are_the_same_parameters():
     model, optimizer = trained_model()
     before = dict(model.rnn.named_parameters())
@@ -323,7 +307,7 @@ def test_layers_that_an_attached_method_follows_are_refused(method, caplog):
     assert list(model.modules()) == before
     (twin, _, copied) = copy.deepcopy((model, optimizer, attached))
     with pytest.raises(ConfigError, match="is followed by"):  # a copy follows the copy
-        sk.sparsify_(twin, 0.8, distribution="uniform")
+        sk.sparsify_(twin, 0.8, distribution="uniform", init="keep")
     copied.detach()
     attached.detach()
     sk.sparsify_(model, 0.8, distribution="uniform", init="keep", optimizer=optimizer)

@@ -1,6 +1,7 @@
 """Connections that are given: masks by name, plans, torch's pruning, the largest of all layers."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import prune
 import sparsekern as sk
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.nn.init import TORCH_GAIN, bounds
+from sparsekern.swap.shares import Planned
 
 
 def random_mask(shape, density=0.5, seed=0):
@@ -126,7 +128,14 @@ def test_sparse_layers_of_every_family_become_sparser(init, impl):
     model = sk.sparsify_(Everything(), 0.5, distribution="er", init="keep", impl=impl)
     before = {n: m.dense_weight() for n, m in sk.sparse_layers(model).items()}
     masks = {n: m.mask() for n, m in sk.sparse_layers(model).items()}
-    sk.sparsify_(model, 0.8, distribution="er", init=init)
+    if init == "keep":
+        sk.sparsify_(model, 0.8, distribution="er", init=init)
+    else:  # without "keep", those that are named
+        planned = {
+            n: Planned(m.weight_shape, (1 + m.sparsity) / 2, m.block)
+            for n, m in sk.sparse_layers(model).items()
+        }
+        sk.sparsify_(model, plan=SimpleNamespace(sparsity=0.8, planned=planned), init=init)
     layers = sk.sparse_layers(model)
     assert set(layers) == set(before)
     assert model.rnn.hh_l0 is layers["rnn.hh_l0"]
@@ -144,8 +153,8 @@ def test_sparse_layers_of_every_family_become_sparser(init, impl):
 def test_sparse_layers_stay_where_their_share_is_no_more():
     model = sk.sparsify_(mlp(), 0.9, distribution="uniform")
     before = list(model)
-    sk.sparsify_(model, 0.9, distribution="uniform")
-    sk.sparsify_(model, 0.5, distribution="uniform")
+    sk.sparsify_(model, 0.9, distribution="uniform", init="keep")
+    sk.sparsify_(model, 0.5, distribution="uniform", init="keep")
     assert list(model) == before
 
 
@@ -288,3 +297,19 @@ def test_a_plan_is_made_to_the_letter():
     if planned:
         with pytest.raises(ConfigError, match="which `model` does not have"):
             sk.sparsify_(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), plan=plan)
+
+
+@pytest.mark.parametrize("init", ["sparse", None])
+def test_a_sparsity_without_keep_leaves_sparse_layers_alone(init):
+    model = sk.sparsify_(Everything(), distribution=lambda *_: 0.4, exclude=("head",))
+    before = {n: (m, m.values, m.values.clone()) for n, m in sk.sparse_layers(model).items()}
+    sk.sparsify_(model, distribution=lambda *_: 0.9, init=init)
+    after = sk.sparse_layers(model)
+    assert set(after) == {*before, "head"}
+    for name, (layer, parameter, values) in before.items():
+        assert after[name] is layer
+        assert layer.values is parameter
+        assert torch.equal(parameter, values)
+    assert after["head"].sparsity == pytest.approx(0.9, abs=0.01)
+    with pytest.raises(ConfigError, match="no layer left to make sparse"):
+        sk.sparsify_(model, init=init)
