@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 
 
@@ -15,6 +16,18 @@ class Follower(Protocol):
     @property
     def attached(self) -> bool:
         """Whether it still does."""
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """Those that it follows, by name."""
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """What trains them."""
+
+    @property
+    def followed(self) -> Sequence[Any]:
+        """Averages of them that were named."""
 
     def __hash__(self) -> int: ...
 

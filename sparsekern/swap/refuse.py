@@ -5,15 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from sparsekern.carry.followers import follower_of
+from sparsekern.carry.resize import WRAPPERS
 from sparsekern.errors import ConfigError
-
-WRAPPERS = (
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "FSDPModule",
-    "DeepSpeedEngine",
-)
-"""Classes that have taken a model's parameters into buckets or shards, by name."""
 
 
 def check_unwrapped(model: nn.Module, verb: str) -> None:

@@ -38,7 +38,9 @@ log = logging.getLogger(__name__)
 
 INITS = ("sparse", "keep", None)
 
-_SPARSITY = float("0.9")  # an object of its own: a caller's 0.9 beside `masks` is told from it
+# objects of their own: a caller's 0.9 beside `masks`, or "sparse", is told from them
+_SPARSITY = float("0.9")
+_INIT = "".join(("spa", "rse"))
 
 
 def sparsify_(
@@ -51,7 +53,7 @@ def sparsify_(
     distribution: Distribution = "erk",
     filter_fn: Filter | None = None,
     exclude: Sequence[Pattern] = (),
-    init: str | None = "sparse",
+    init: str | None = _INIT,
     gain: float | None = None,
     optimizer: Optimizers = None,
     impl: str | None = None,
@@ -99,7 +101,8 @@ def sparsify_(
             regexes.
         init: "sparse": random connections, values drawn for each neuron's real inputs. "keep":
             connections of largest magnitude, with their values (start from a trained model).
-            None: random connections, the model's own values. Masks and plans keep theirs.
+            None: random connections, the model's own values. Masks and plans keep their
+            connections; masks keep the values too, unless `init` is given.
         gain: of values drawn by init="sparse": standard deviation times the root of a neuron's
             inputs; None is torch's own, sqrt(1/3).
         optimizer: one or several that hold the model's weights, wrapped ones too: the new weights
@@ -124,6 +127,8 @@ def sparsify_(
     check_generator(generator)
     check_distribution(distribution, init)
     _check_exclusive(sparsity, masks, plan, block, distribution)
+    if init is _INIT and masks is not None and gain is None:
+        init = "keep"  # a ticket: its weights are as much of it as its mask
     drawing = Drawing(init, _gain(gain, init), impl, generator)
     optimizers = as_optimizers(optimizer)
     known = all_targets(model, sparse=True)
