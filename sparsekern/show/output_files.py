@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from sparsekern.errors import ConfigError
 
@@ -70,7 +73,7 @@ def check(files: Files) -> None:
                     f"`{name}` must be a file in an existing folder; got {str(path)!r}"
                 )
             if not _is_special(path):
-                tempfile.TemporaryFile(dir=path.parent).close()
+                tempfile.TemporaryFile(dir=_target_of(path).parent).close()
 
 
 def write(report: Written, files: Files) -> list[Path]:
@@ -95,19 +98,43 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file in one step, text as UTF-8: a reader finds the old content or the new one.
 
     What must not be replaced by a file, like a pipe, is written to as it is.
+
+    Raises:
+        OSError: it can't be written, or not safely; see `replacing`.
     """
     data = content.encode() if isinstance(content, str) else content
     if _is_special(path):
         path.write_bytes(data)
         return
-    fresh = path.resolve()  # a link stays one
-    fresh = fresh.with_name(f".{fresh.name}.{os.getpid()}.part")
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends well; else nothing changes.
+
+    Until then it lies beside the old one under a name that nobody can guess, and is opened only if
+    that name is free, so that no link is followed. It gets the old file's permissions, or those
+    that the umask leaves. A link at `path` stays one: what it names is replaced.
+
+    Raises:
+        OSError: it can't be written; the old file is read-only; or the link lies in a folder that
+            all may write to, and somebody else put it there.
+    """
+    target = _target_of(path)
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    fresh = target.with_name(f".{secrets.token_hex(16)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(fresh, flags, 0o666 if mode is None else 0o600)
     try:
-        with fresh.open("wb") as file:
-            file.write(data)
+        with os.fdopen(descriptor, "wb") as file:
+            if mode is not None:
+                fresh.chmod(mode)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(path.resolve())
+        fresh.replace(target)
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -117,6 +144,27 @@ def write_figure(figure: Any, path: Path, **options: Any) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", **options)
     write_whole(path, drawn.getvalue())
+
+
+def _target_of(path: Path) -> Path:
+    """The file that `path` names, behind links; `replacing` says what is raised.
+
+    Links are followed by the rule of Linux's fs.protected_symlinks, which looking at where one
+    leads escapes.
+    """
+    target = Path(os.path.realpath(path))
+    if path.is_symlink():
+        folder, owner = path.parent.stat(), path.lstat().st_uid
+        shared = stat.S_ISVTX | stat.S_IWOTH
+        if folder.st_mode & shared == shared and owner not in (os.geteuid(), folder.st_uid):
+            raise PermissionError(
+                errno.EACCES, "somebody else's link in a shared folder", str(path)
+            )
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "the file is read-only", str(target))
+    return target
 
 
 def _is_special(path: Path) -> bool:
