@@ -8,7 +8,9 @@ sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 """
 
 from sparsekern import ops
+from sparsekern.checkpoint import SavedLayer, load, save
 from sparsekern.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     DeviceError,
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SET",
     "Budget",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "DeviceError",
@@ -60,6 +63,7 @@ __all__ = [
     "RankMismatchError",
     "Report",
     "RigL",
+    "SavedLayer",
     "ShapeError",
     "SparseConv1d",
     "SparseConv2d",
@@ -78,9 +82,11 @@ __all__ = [
     "UnavailableError",
     "WeightError",
     "densify_",
+    "load",
     "ops",
     "plan",
     "profile",
+    "save",
     "sparse_layers",
     "sparsify_",
 ]

@@ -57,6 +57,10 @@ class DataError(SparseKernError, ValueError):
     """A data file or folder is missing or damaged."""
 
 
+class CheckpointError(SparseKernError, ValueError):
+    """A checkpoint is damaged or does not fit, or something can't be written to one."""
+
+
 class ModelError(SparseKernError, RuntimeError):
     """A model fails on the inputs it was given."""
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sparsekern import RigL, SparseConv1d, SparseConv2d, Topology, sparse_layers, sparsify_
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, SparseKernError, TopologyError
 from sparsekern.nn.init import bounds, fan_in
+from sparsekern.topology import DERIVED_NAMES
 
 IMPLS = ("cpu", "triton", "dense", "masked")
 BLOCKS = {"cpu": 4, "triton": 16, "dense": 4, "masked": 4}
@@ -142,6 +143,7 @@ def test_copies_and_checkpoints_carry_the_topology(impl):
 def test_a_topology_of_other_parts_is_refused_from_a_checkpoint():
     layer = SparseConv2d(4, 4, 2, sparsity=0.5)
     state = {k: v.clone() for k, v in layer.state_dict().items()}
+    state |= {name: layer.get_buffer(name).clone() for name in DERIVED_NAMES}
     state["row"][[0, -1]] = state["row"][[-1, 0]]
     with pytest.raises(TopologyError, match="`row` must ascend"):
         layer.load_state_dict(state)

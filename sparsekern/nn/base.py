@@ -27,7 +27,7 @@ class SparseLayer(HeldTopology):
     """Base of layers with one sparse weight matrix of shape (rows, cols).
 
     The parameter `values` holds the active blocks only, (nnzb, bh, bw) in CSR order of the
-    topology, whose index arrays are persistent int32 buffers. Topology updates overwrite both in
+    topology, whose index arrays are int32 buffers. Topology updates overwrite both in
     place, so optimizers, DDP buckets and CUDA graphs stay valid.
 
     Under `impl="masked"`, the reference, `values` is the dense (rows, cols) matrix instead,
@@ -50,11 +50,6 @@ class SparseLayer(HeldTopology):
         self.values = nn.Parameter(torch.zeros(shape, dtype=dtype, device=topology.device))
 
     # ---- facts
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense layer's weight; the matrix's own unless a subclass differs."""
-        return self.matrix_shape
 
     @property
     def weight(self) -> WeightView:

@@ -152,6 +152,10 @@ class SparseConv(SparseLayer):
         """(C_out, C_in / groups, *kernel_size) of a matrix (rows, cols)."""
         return to_kernel(matrix, self.geometry).view(self.weight_shape)
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """(rows, cols) of a weight (C_out, C_in / groups, *kernel_size), a view where it can be."""
+        return matrix_of(weight)
+
     # ---- use
 
     def forward(self, input: Tensor) -> Tensor:

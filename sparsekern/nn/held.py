@@ -15,15 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsekern.errors import ShapeError, TopologyError
-from sparsekern.topology import ARRAY_NAMES, Topology
+from sparsekern.errors import TopologyError
+from sparsekern.nn import saved_state
+from sparsekern.topology import ARRAY_NAMES, DERIVED_NAMES, STORED_NAMES, Topology
 from sparsekern.topology.known import forget, is_tracked, vouch
 
 _LEFT = "_sparsekern_arrays_stay"  # mark of a DDP module that broadcasts no index arrays
 
 
 class HeldTopology(nn.Module):
-    """Base of `SparseLayer`: persistent int32 buffers, overwritten in place by topology updates."""
+    """Base of `SparseLayer`: int32 buffers, overwritten in place by topology updates.
+
+    A state_dict holds `crow` and `col` alone; the others are rebuilt from them when it is loaded.
+    """
 
     values: nn.Parameter
     crow: Tensor
@@ -38,6 +42,11 @@ class HeldTopology(nn.Module):
     _topology: Topology | None = None  # of the buffers as they were then
     _buffers_then: tuple[Tensor | None, ...] = ()
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight; the matrix's own unless a subclass differs."""
+        return self.matrix_shape
+
     def __init__(self, topology: Topology) -> None:
         super().__init__()
         self.matrix_shape = topology.shape
@@ -47,7 +56,7 @@ class HeldTopology(nn.Module):
         with torch.inference_mode(False):  # inference tensors would not count who writes to them
             for name, array in zip(ARRAY_NAMES, topology.arrays, strict=True):
                 # a copy: an update overwrites it, and the topology may be another layer's
-                self.register_buffer(name, array.clone())
+                self.register_buffer(name, array.clone(), persistent=name in STORED_NAMES)
         if known is not None:
             self._trust()
 
@@ -88,6 +97,10 @@ class HeldTopology(nn.Module):
         if topology is not None and all(map(is_, self._buffers.values(), self._buffers_then)):
             return topology
         return self._hold()
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The dense layer's weight as a matrix (rows, cols)."""
+        return weight
 
     def _hold(self) -> Topology:
         """Take up the buffers as they are now."""
@@ -140,6 +153,11 @@ class HeldTopology(nn.Module):
         """A copy has tensors of its own: what is known of these does not hold for them."""
         return self.__dict__ | {"_topology": None, "_buffers_then": ()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a pickle; an older one says that all index arrays are to be saved."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._non_persistent_buffers_set |= set(DERIVED_NAMES)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -148,47 +166,39 @@ class HeldTopology(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Refuse what does not fit before anything is copied."""
-        present = [name for name in (*ARRAY_NAMES, "values") if prefix + name in state_dict]
-        incoming = None
-        if present:
-            copied = not local_metadata.get("assign_to_params_buffers", False)
-            incoming = self._check_state(state_dict, prefix, present, copied=copied)
+        """Refuse what does not fit before anything is copied; see `saved_state`."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        incoming = saved_state.prepare(self, state_dict, prefix, assign=assign)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        if incoming is not None:
-            self._blank = self._blank and self.col.is_meta
-            if _is_copy(self._held(), incoming):
-                self._trust()
-        if self.dense_mask is not None:
-            self.dense_mask.copy_(self.topology.to_mask())
+        if incoming is not None and all(map(_holds, self._stored(), (incoming.crow, incoming.col))):
+            self._derive(incoming, assign=assign)
+        mask = self.dense_mask
+        if mask is not None and (incoming is not None or not self._blank):
+            held = self.topology.to_mask()
+            if mask.is_meta:
+                self.dense_mask = held
+            else:
+                mask.copy_(held)
 
-    def _check_state(
-        self, state: dict[str, Any], prefix: str, present: list[str], *, copied: bool
-    ) -> Topology:
-        if len(present) <= len(ARRAY_NAMES):
-            raise TopologyError(
-                f"state of {prefix!r} must hold values and all of {ARRAY_NAMES}; got only {present}"
-            )
-        arrays = [state[prefix + name] for name in ARRAY_NAMES]
-        if copied:  # into arrays whose strides are right
-            arrays = [a.contiguous() if isinstance(a, Tensor) else a for a in arrays]
-        own = self._held()
-        incoming = own.with_arrays(arrays).validate()
-        shape = state[prefix + "values"].shape
-        if incoming.nnzb != own.nnzb or shape != self.values.shape:
-            raise ShapeError(
-                f"state of {prefix!r} must have {own.nnzb} active blocks and values of "
-                f"shape {tuple(self.values.shape)}; got {incoming.nnzb} and {tuple(shape)}"
-            )
-        return incoming
+    def _stored(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in STORED_NAMES)
+
+    def _derive(self, topology: Topology, *, assign: bool) -> None:
+        """Fill the index arrays that follow from `crow` and `col`, which were loaded."""
+        for name in DERIVED_NAMES:
+            array = getattr(topology, name)
+            if assign:
+                setattr(self, name, array)
+            else:
+                getattr(self, name).copy_(array)
+        self._blank = self._blank and self.col.is_meta
+        if is_tracked(self._held().arrays):
+            self._trust()
 
 
-def _is_copy(own: Topology, other: Topology) -> bool:
-    """Whether the index arrays are real ones with the other's dtype and entries."""
-    pairs = zip(own.arrays, other.arrays, strict=True)
-    return is_tracked(own.arrays) and all(
-        a is b or (a.dtype == b.dtype and torch.equal(a, b.to(a.device))) for a, b in pairs
-    )
+def _holds(own: Tensor, other: Tensor) -> bool:
+    """Whether it is a real tensor with the other's dtype and entries."""
+    return not own.is_meta and own.dtype == other.dtype and torch.equal(own, other.to(own.device))
 
 
 def _leave_broadcast(ddp: Any) -> None:

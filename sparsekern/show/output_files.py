@@ -114,6 +114,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends well; else nothing changes.
 
+    After that the new file survives a loss of power: its content and its name are on the disk.
+
     Until then it lies beside the old one under a name that nobody can guess, and is opened only if
     that name is free, so that no link is followed. It gets the old file's permissions, or those
     that the umask leaves. A link at `path` stays one: what it names is replaced.
@@ -135,8 +137,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(target)
+        _sync_folder(target.parent)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk, where the file system can be asked to."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_figure(figure: Any, path: Path, **options: Any) -> None:

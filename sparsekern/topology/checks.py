@@ -26,7 +26,7 @@ def check_topology(t: Topology, names: tuple[str, ...]) -> None:
     if not isinstance(t.shape, tuple) or not all(type(size) is int for size in sizes):
         raise DtypeError(f"shape, groups and taps must be ints; got {t.shape}, {sizes[2:]}")
     for name, array in zip(names, t.arrays, strict=True):
-        _check_array(name, array, t.col)
+        check_array(name, array, t.col)
     check_compressed(t.crow, t.col, grid.rows, grid.cols, ("crow", "col"))
     check_compressed(t.ccol, t.row, grid.groups * grid.cols, grid.rows, ("ccol", "row"))
     rebuilt = t.with_positions(t.positions())
@@ -35,7 +35,7 @@ def check_topology(t: Topology, names: tuple[str, ...]) -> None:
             raise TopologyError(f"`{name}` does not follow from `crow` and `col`")
 
 
-def _check_array(name: str, array: object, col: object) -> None:
+def check_array(name: str, array: object, col: object) -> None:
     """What a kernel that walks the array takes for granted."""
     if not isinstance(array, Tensor) or not isinstance(col, Tensor):
         raise TopologyError(f"`{name}` must be a 1-D int32 tensor; got {type(array).__name__}")

@@ -18,10 +18,16 @@ from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 from sparsekern.topology.build import arrays_at, contains
-from sparsekern.topology.checks import check_compressed, check_topology
+from sparsekern.topology.checks import check_array, check_compressed, check_topology
 from sparsekern.topology.known import Known, prove, versions_of, vouch
 
-ARRAY_NAMES = ("crow", "col", "ccol", "row", "perm", "row_order", "col_order")
+STORED_NAMES = ("crow", "col")
+"""The arrays that connections are saved by."""
+
+DERIVED_NAMES = ("ccol", "row", "perm", "row_order", "col_order")
+"""Those that follow from them."""
+
+ARRAY_NAMES = (*STORED_NAMES, *DERIVED_NAMES)
 
 
 class TopologyDiff(NamedTuple):
@@ -298,6 +304,21 @@ class Topology:
         return Topology.from_positions(
             positions, self.shape, self.block, groups=self.groups, taps=self.taps
         )
+
+    def with_compressed(self, crow: Tensor, col: Tensor) -> Topology:
+        """The same matrix, cut alike, with the connections of `crow` and `col`.
+
+        The other arrays follow from these two, so only they are saved.
+
+        Raises:
+            TopologyError: they describe none; naming the array and what is wrong with it.
+        """
+        grid = Grid.of(self.shape, self.block, self.groups, self.taps)
+        for name, array in (("crow", crow), ("col", col)):
+            check_array(name, array, col)
+        check_compressed(crow, col, grid.rows, grid.cols, ("crow", "col"))
+        rows = torch.repeat_interleave(crow.long().diff(), output_size=col.numel())
+        return self.with_positions(rows * grid.cols + col)
 
     def to_mask(self) -> Tensor:
         """Dense bool mask (rows, cols)."""

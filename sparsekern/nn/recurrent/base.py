@@ -105,6 +105,17 @@ class SparseRecurrent(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Give the names of torch's own layer, such as `weight_hh_l0`, to the matrices."""
+        for matrix in self._matrices():
+            for kind in ("weight", "bias"):
+                old, new = f"{prefix}{kind}_{matrix}", f"{prefix}{matrix}.{kind}"
+                if old in state_dict and new not in state_dict:
+                    state_dict[new] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _matrices(self) -> dict[str, Any]:
         return dict(self.named_children())
 

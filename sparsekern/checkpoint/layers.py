@@ -1,0 +1,195 @@
+"""Sparse layers of a file, and a model that is made to have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.checkpoint.file import Content
+from sparsekern.errors import CheckpointError, SparseKernError
+from sparsekern.nn import SparseLayer
+from sparsekern.nn.kinds import convert
+from sparsekern.ops import block_norm
+from sparsekern.swap import all_targets, sparse_layers
+from sparsekern.topology import ARRAY_NAMES, Topology
+from sparsekern.topology.blocks import Grid
+
+
+class SavedLayer(NamedTuple):
+    """A sparse layer as a file holds it.
+
+    Attributes:
+        topology: its connections.
+        values: (nnzb, bh, bw) in their order; of a masked layer, the dense (rows, cols).
+        bias: (rows,), or None.
+    """
+
+    topology: Topology
+    values: Tensor
+    bias: Tensor | None
+
+
+def saved_layers(content: Content) -> dict[str, SavedLayer]:
+    """The sparse layers of a file, by name.
+
+    Raises:
+        CheckpointError: what the file says of one is not so.
+    """
+    found = content.head.get("layers", {})
+    if not isinstance(found, dict):
+        raise CheckpointError("`layers` of the file must be an object")
+    return {name: _saved_layer(name, facts, content.tensors) for name, facts in found.items()}
+
+
+def _saved_layer(name: str, facts: Any, tensors: Mapping[str, Tensor]) -> SavedLayer:
+    layout = facts.get("layout") if isinstance(facts, dict) else None
+    if not isinstance(layout, list) or [type(n) for n in layout] != [int] * 6:
+        raise CheckpointError(f"layout of layer {name!r} must be six ints; got {str(layout)[:60]}")
+    before = f"{name}." if name else ""
+    missing = [n for n in ("values", "crow", "col") if before + n not in tensors]
+    if missing:
+        raise CheckpointError(f"layer {name!r} must have values, crow and col; lacks {missing}")
+    crow, col, values = (tensors[before + n] for n in ("crow", "col", "values"))
+    topology = topology_at(name, layout, crow, col)
+    shape = tuple(values.shape)
+    if shape not in (topology.values_shape, topology.shape) or not values.is_floating_point():
+        raise CheckpointError(
+            f"`values` of layer {name!r} must be floating point, of shape "
+            f"{topology.values_shape}; got {values.dtype} of shape {shape}"
+        )
+    bias = tensors.get(before + "bias")
+    if bias is not None and tuple(bias.shape) != topology.shape[:1]:
+        raise CheckpointError(
+            f"`bias` of layer {name!r} must have shape {topology.shape[:1]}; "
+            f"got {tuple(bias.shape)}"
+        )
+    return SavedLayer(topology, values, bias)
+
+
+def topology_at(name: str, layout: list[int], crow: Tensor, col: Tensor) -> Topology:
+    """The topology of these two arrays, validated."""
+    rows, cols, bh, bw, groups, taps = layout
+    try:
+        grid = Grid.of((rows, cols), (bh, bw), groups, taps)
+        # before memory is taken for as many block rows and columns as the file says
+        if crow.numel() != grid.rows + 1:
+            raise CheckpointError(f"`crow` must have {grid.rows + 1} entries; got {crow.numel()}")
+        if grid.groups * grid.cols > 2**31 - 2:
+            raise CheckpointError(f"{grid.groups * grid.cols} block columns are too many")
+        none: Any = dict.fromkeys(ARRAY_NAMES, torch.empty(0, dtype=torch.int32))
+        like = Topology(grid.shape, grid.block, **none, groups=groups, taps=taps)
+        return like.with_compressed(crow, col)
+    except (SparseKernError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"layer {name!r}: {error}") from None
+
+
+# ---- a model with these layers
+
+
+def fit(model: nn.Module, saved: Mapping[str, SavedLayer], undo: ExitStack) -> list[str]:
+    """Give the model sparse layers of these very connections; values come afterwards.
+
+    Sparse layers change in place and keep their parameters; dense ones are replaced.
+
+    Args:
+        model: changed in place.
+        saved: by name.
+        undo: gets what takes the changes back.
+
+    Returns:
+        The names of the modules that were replaced.
+
+    Raises:
+        CheckpointError: a layer is not there, or has another shape; nothing has changed then.
+    """
+    own, targets = sparse_layers(model), {t.name: t for t in all_targets(model)}
+    topologies: dict[str, dict[str, Topology]] = {}
+    for name, layer in saved.items():
+        topology = layer.topology
+        if name in own:
+            held = own[name]._held()
+            cut = held.shape, held.groups, held.taps
+        elif name in targets:
+            weight = targets[name].weight
+            cut = weight.shape, weight.groups, weight.taps
+            topologies.setdefault(targets[name].owner, {})[weight.name] = topology
+        else:
+            raise CheckpointError(f"the file's sparse layer {name!r} is no layer of the model")
+        if cut != (topology.shape, topology.groups, topology.taps):
+            raise CheckpointError(
+                f"layer {name!r} must have shape {topology.shape} in {topology.groups} groups and "
+                f"{topology.taps} taps; got {cut[0]} in {cut[1]} and {cut[2]}"
+            )
+    if "" in topologies:
+        raise CheckpointError("`model` must contain the layers: a bare one can't be replaced")
+    modules = dict(model.named_modules())
+    made = {
+        owner: convert(
+            modules[owner],
+            {n: t.to(_device(modules[owner])) for n, t in by_name.items()},
+            None,
+        )
+        for owner, by_name in topologies.items()
+    }
+    for owner, new in made.items():
+        old = modules[owner]
+        undo.callback(_replace, model, new, old)
+        _replace(model, old, new)
+    for name, layer in saved.items():
+        if name in own:
+            _adopt(own[name], layer.topology, undo)
+    return list(made)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in model.modules():
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _adopt(layer: SparseLayer, topology: Topology, undo: ExitStack) -> None:
+    """Room for another number of blocks, or another block, in the layer's own parameter."""
+    held = layer._held()
+    if (held.nnzb, held.block) == (topology.nnzb, topology.block) and not layer._blank:
+        return
+    old_block, old_values, old_grad = layer.block, layer.values.data, layer.values.grad
+    old_buffers, old_blank = dict(layer._buffers), layer._blank
+
+    def restore() -> None:
+        layer.block, layer._blank = old_block, old_blank
+        layer._buffers.update(old_buffers)
+        layer.values.data, layer.values.grad = old_values, old_grad
+        layer._topology = None
+
+    undo.callback(restore)
+    device = layer.values.device
+    moved = topology.to(device).clone()
+    layer.block, layer._blank = topology.block, False
+    for name in ARRAY_NAMES:
+        layer._buffers[name] = getattr(moved, name)
+    layer.values.grad = None
+    if layer.dense_mask is None:
+        layer.values.data = old_values.new_zeros(topology.values_shape)
+    else:
+        layer._buffers["dense_mask"] = moved.to_mask()
+    layer._trust()
+
+
+def largest(layer: SparseLayer, matrix: Tensor) -> Topology:
+    """As many blocks as the layer has, those of largest summed magnitude; ties go to the lowest."""
+    own = layer.topology
+    full = Topology.random(own.shape, own.block, sparsity=0.0, groups=own.groups, taps=own.taps).to(
+        matrix.device
+    )
+    scores = block_norm(full.pack(matrix), "l1")
+    order = torch.argsort(scores, descending=True, stable=True)[: own.nnzb]
+    return full.with_positions(full.positions()[order].sort().values)
