@@ -94,6 +94,45 @@ def other_topology(layer, seed):
     return Topology.random(layer.matrix_shape, nnzb=layer.topology.nnzb, generator=generator)
 
 
+def experts(ranks):
+    """Which layers an update changes, and the topologies, after what these ranks see."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(SparseLinear(12, 12, sparsity=0.5, dtype=torch.float64) for _ in range(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = RigL(model, optimizer, t_end=10)
+    losses = []
+    for rank in ranks:
+        generator = torch.Generator().manual_seed(rank)
+        x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+        losses += [model[i](x).square().sum() for i in USED[rank]]
+    sum(losses).backward()
+    optimizer.step()
+    changed = [sorted(record.layers) for record in method.history]
+    return changed, [m.topology.digest() for m in model]
+
+
+USED = {0: (0, 1), 1: (1,)}
+
+
+def with_experts(rank, world, port, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    queue.put((rank, experts([rank])))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_layer_that_one_rank_uses_takes_part_and_one_that_none_uses_does_not():
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(with_experts, (2, free_port(), queue), nprocs=2)
+    results = dict(queue.get() for _ in range(2))
+    assert results[0] == results[1] == experts([0, 1])
+    assert results[0][0] == [["0", "1"]]
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

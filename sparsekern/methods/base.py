@@ -108,6 +108,7 @@ class Method(Loop):
         self._held = set(self.trained_layers())
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
+        self._ready_layers: frozenset[str] | None = None  # of the update that is being made
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self._begin()
 
@@ -154,7 +155,7 @@ class Method(Loop):
         Raises:
             ConfigError, ShapeError, TopologyError: an override or the budget gives what can't be.
         """
-        layers, keep = self.trained_layers(), {}
+        layers, keep = self.updated_layers(), {}
         for name, layer in layers.items():
             with ranged("drop", name):
                 kept = self.survivors(name, layer, fraction)
@@ -184,6 +185,11 @@ class Method(Loop):
         """The layers that take part now: those whose values are not frozen."""
         return {name: m for name, m in self.layers.items() if m.values.requires_grad}
 
+    def updated_layers(self) -> dict[str, SparseLayer]:
+        """Those of them that an update changes: without a gradient, RigL leaves a layer out."""
+        layers, ready = self.trained_layers(), self._ready_layers
+        return {n: m for n, m in layers.items() if ready is None or n in ready}
+
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator seeded by seed, weight step and layer: equal on every rank and resume."""
         index = list(self.layers).index(name)
@@ -199,6 +205,7 @@ class Method(Loop):
         )
 
     def _watch(self, due: bool) -> None:
+        self._ready_layers = None
         fraction = self.schedule.fraction(self.weight_steps)
         layers = self.trained_layers() if due else {}
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
@@ -215,7 +222,8 @@ class Method(Loop):
 
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps
-        if not self.growth.ready(layers, step, self.last_update):
+        self._ready_layers = self.growth.ready(layers, step, self.last_update)
+        if not self._ready_layers:
             self._watch(True)
             return False
         broken = [n for n, m in layers.items() if not bool(m.values.isfinite().all())]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from sparsekern.errors import RankMismatchError
 from sparsekern.topology import Topology
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -23,6 +26,15 @@ def sum_over_ranks(slab: Tensor) -> None:
     ranks; leaving it out was a bug of the first RigL code (Evci et al. 2020, appendix M).
     """
     dist.all_reduce(slab)
+
+
+def gather(mine: T) -> list[T]:
+    """What each rank gives, by rank; of a single process, what it gives itself."""
+    if not is_distributed():
+        return [mine]
+    everyone: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def check_agreement(topologies: Mapping[str, Topology]) -> None:

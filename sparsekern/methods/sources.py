@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, TrainingLoopError
 from sparsekern.methods import ranks
-from sparsekern.methods.observer import GradientObserver
+from sparsekern.methods.observer import GradientObserver, Seen
 from sparsekern.methods.update import grow_largest, grow_random
 from sparsekern.nn import SparseLayer
 
@@ -38,15 +37,17 @@ class Source:
                 them can grow at most; empty if no update is due.
         """
 
-    def ready(self, names: Iterable[str], step: int, last: int | None) -> bool:  # noqa: ARG002
-        """Whether a due update of these layers can be decided; if not, it waits for a batch.
+    def ready(self, names: Iterable[str], step: int, last: int | None) -> frozenset[str]:  # noqa: ARG002
+        """Those of these layers that a due update can change; if none, it waits for a batch.
+
+        The same on all ranks, which all call it.
 
         Args:
             names: of the layers.
             step: the weight step of the update.
             last: that of the one before.
         """
-        return True
+        return frozenset(names)
 
     def best(self, name: str, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """The positions, (n,) int64, that a layer should grow.
@@ -72,56 +73,70 @@ class Gradient(Source):
     """The dense gradient of the batch that an update spends: its largest magnitudes.
 
     It is streamed slab by slab inside backward, one layer at a time; on all other batches nothing
-    dense is computed. Over several backward passes and ranks the signed gradients are summed first.
+    dense is computed. Over several backward passes the signed gradients are summed first. So they
+    are over ranks, at the update and not inside backward: ranks have to agree first on which layers
+    take part, so each holds the inputs and output gradients of its layers until then.
     """
 
     def __init__(self, layers: Mapping[str, SparseLayer], norm: str, passes: int) -> None:
         super().__init__(layers, norm, passes)
-        self.observers = {n: GradientObserver(m, norm, passes) for n, m in layers.items()}
+        hold = ranks.is_distributed
+        self.observers = {n: GradientObserver(m, norm, passes, hold) for n, m in layers.items()}
         self._postponed: int | None = -1
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy observes the copied layers by observers of its own
-        return {k: v for k, v in self.__dict__.items() if k != "observers"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.observers = {
-            n: GradientObserver(m, self.norm, self.passes) for n, m in self.layers.items()
-        }
+        self._told_few = False
 
     def watch(self, most: Mapping[str, int]) -> None:
         """Observe the gradients of the layers in `most`, and keep the best candidates of each."""
-        reduce = ranks.sum_over_ranks if most and ranks.is_distributed() else None
         for name, observer in self.observers.items():
             if name in most:
-                observer.arm(most[name], reduce)
+                observer.arm(most[name])
             else:
                 observer.disarm()
 
-    def ready(self, names: Iterable[str], step: int, last: int | None) -> bool:
-        """Whether each layer's gradient was seen and is finite.
+    def ready(self, names: Iterable[str], step: int, last: int | None) -> frozenset[str]:
+        """The layers that have a gradient; none if one of those is not finite or not all seen.
 
         Raises:
             TrainingLoopError: there were more backward passes than were declared.
         """
-        observers = {name: self.observers[name] for name in names}
-        for name, observer in observers.items():
-            if observer.rounds > self.passes:
-                raise TrainingLoopError(
-                    f"layer {name!r} saw {observer.rounds} backward passes before a topology "
-                    f"update; expected {self.passes} (argument `grad_accumulation`)"
-                )
-        scores = {name: observer.scores() for name, observer in observers.items()}
-        missing = [name for name, s in scores.items() if s is None]
+        everyone = ranks.gather({name: self.observers[name].seen() for name in names})
+        self._check_passes(everyone)
+        seen = [name for name in names if any(mine[name].passes for mine in everyone)]
+        problems = {n: s.problem for mine in everyone for n, s in mine.items() if s.problem}
+        if problems or not seen:
+            self._postpone(step, last, problems or "no layer has a gradient")
+            return frozenset()
+        reduce = ranks.sum_over_ranks if ranks.is_distributed() else None
+        scores = {name: self.observers[name].scores(reduce) for name in seen}
         broken = [name for name, s in scores.items() if s is not None and not s.is_finite()]
-        if missing or broken:
-            # once for each update that is due, not once for each batch it waits
-            level = logging.DEBUG if self._postponed == last else logging.WARNING
-            text = "update at weight step %d postponed: no gradient for %s, not finite for %s"
-            log.log(level, text, step, missing, broken)
-            self._postponed = last
-        return not (missing or broken)
+        if broken:
+            self._postpone(step, last, f"the gradient of {broken} is not finite")
+            return frozenset()
+        return frozenset(seen)
+
+    def _check_passes(self, everyone: list[dict[str, Seen]]) -> None:
+        for rank, mine in enumerate(everyone):
+            for name, seen in mine.items():
+                if seen.passes > self.passes:
+                    where = f" on rank {rank}" if len(everyone) > 1 else ""
+                    raise TrainingLoopError(
+                        f"layer {name!r} saw {seen.passes} backward passes{where} before a "
+                        f"topology update; expected {self.passes} (argument `grad_accumulation`)"
+                    )
+        # an expert sees some of the micro-batches only; but no layer saw them all
+        most = max((seen.passes for mine in everyone for seen in mine.values()), default=0)
+        if 0 < most < self.passes and not self._told_few:
+            text = (
+                "a topology update uses the gradient of %d backward passes; expected %d (argument"
+            )
+            log.warning(text + " `grad_accumulation`); told once", most, self.passes)
+            self._told_few = True
+
+    def _postpone(self, step: int, last: int | None, why: object) -> None:
+        # once for each update that is due, not once for each batch it waits
+        level = logging.DEBUG if self._postponed == last else logging.WARNING
+        log.log(level, "update at weight step %d postponed: %s", step, why)
+        self._postponed = last
 
     def best(self, name: str, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """The free positions where the gradient is largest."""

@@ -6,6 +6,8 @@ Counts are exact and ties go to the lowest position, so that all ranks and devic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from sparsekern.ops import GrowScores
 from sparsekern.topology import Topology
+from sparsekern.topology.native import loops
 from sparsekern.topology.sampling import sample_sorted
 from sparsekern.topology.select import top_k_mask
 
@@ -29,7 +32,7 @@ class TopologyUpdate:
     topology: Topology
     source: Tensor
 
-    @property
+    @cached_property
     def grown(self) -> int:
         """How many blocks were not active before."""
         return int((self.source < 0).sum())
@@ -50,11 +53,26 @@ def grow_largest(topology: Topology, keep: Tensor, n: int, scores: GrowScores) -
 
     What was just dropped may be grown again (Evci et al. 2020, Algorithm 1).
     """
+    native = loops(keep.numel(), topology.col, keep, *scores)
+    if native is not None and scores.active.dtype == scores.scores.dtype:
+        return _grow_compiled(native, topology, keep, n, scores)
     positions = torch.cat([topology.positions()[~keep], scores.positions])
     values = torch.cat([scores.active[~keep], scores.scores])
     order = torch.argsort(positions)
     best = top_k_mask(values[order], n)
     return positions[order][best]
+
+
+def _grow_compiled(
+    native: ModuleType, topology: Topology, keep: Tensor, n: int, scores: GrowScores
+) -> Tensor:
+    """The same by merging: both lists of positions ascend already."""
+    count = keep.numel() - native.count(keep.numpy()) + scores.positions.numel()
+    positions, values = scores.positions.new_empty(count), scores.scores.new_empty(count)
+    native.merge_dropped(
+        *(t.numpy() for t in (topology.positions(), keep, *scores, positions, values))
+    )
+    return positions[top_k_mask(values, n)]
 
 
 def grow_random(topology: Topology, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -74,6 +92,13 @@ def rewire(topology: Topology, keep: Tensor, grown: Tensor) -> TopologyUpdate:
     optimizer state.
     """
     old = topology.positions()
+    native = loops(old.numel(), old, keep, grown)
+    if native is not None:
+        grown = grown if native.ascending(grown.numpy()) else grown.sort().values
+        new = grown.new_empty(native.count(keep.numpy()) + grown.numel())
+        source = torch.empty_like(new)
+        native.merge_grown(*(t.numpy() for t in (old, keep, grown, new, source)))
+        return TopologyUpdate(topology.with_positions(new), source)
     new = torch.cat([old[keep], grown]).sort().values
     at = torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
     source = torch.where(old[at] == new, at, -1)

@@ -18,6 +18,7 @@ from sparsekern.ops.capture import capture
 from sparsekern.ops.cpu import choice
 from sparsekern.ops.direct import any_autocast
 from sparsekern.ops.dispatch import check_impl, resolve
+from sparsekern.ops.library import is_traced
 from sparsekern.topology import Topology
 
 L = TypeVar("L", bound=nn.Module)
@@ -162,6 +163,11 @@ class SparseLayer(HeldTopology):
         """Score the dense gradient of pairs (dy, x) from `capture`; see `ops.grow_scores`."""
         return ops.grow_scores(dys, xs, self.topology, k, norm=norm, reduce=reduce, impl=self.impl)
 
+    def no_pair(self) -> tuple[Tensor, Tensor]:
+        """A pair (dy, x) of no tokens: its dense gradient is zero."""
+        rows, cols = self.matrix_shape
+        return self.values.detach().new_empty(0, rows), self.values.detach().new_empty(0, cols)
+
     def observe(self, key: int) -> None:
         """Pass (dy, x) of coming backward passes to the capture sink `key`; 0 stops it."""
         self._capture_key = key
@@ -213,9 +219,11 @@ class SparseLayer(HeldTopology):
 
     def _observed(self, y: Tensor, x: Tensor) -> Tensor:
         """Route y = f(x) through the capture operator if observed."""
-        if self._capture_key and torch.is_grad_enabled() and y.requires_grad:
-            return cast(Tensor, capture(y, x, self._capture_key))
-        return y
+        if not self._capture_key or not torch.is_grad_enabled() or not self.values.requires_grad:
+            return y
+        if is_traced():
+            return y
+        return cast(Tensor, capture(y, x, self.values, self._capture_key))
 
     # ---- torch plumbing
 

@@ -185,6 +185,13 @@ class SparseConv(SparseLayer):
             dys, xs, self.topology, self.geometry, k, norm=norm, reduce=reduce
         )
 
+    def no_pair(self) -> tuple[Tensor, Tensor]:
+        """A pair (dy, x) of no images."""
+        g, like = self.geometry, self.values.detach()
+        size = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
+        x = like.new_empty(0, self.in_channels, *size)
+        return like.new_empty(0, self.out_channels, *g.output_size(*size)), x
+
     # ---- conversion
 
     @classmethod

@@ -17,9 +17,12 @@ TORCH_GAIN = math.sqrt(1 / 3)
 def fan_in(topology: Topology) -> Tensor:
     """Active inputs of each output: (rows,) float32; padding does not count."""
     grid, bh = topology.grid, topology.block[0]
-    widths = torch.tensor(grid.block_sizes(1), dtype=torch.float32, device=topology.device)
-    per_block_row = widths.new_zeros(topology.block_rows)
-    per_block_row.index_add_(0, topology.slot_rows(), widths[topology.col.long()])
+    if grid.part[1] % grid.block[1]:
+        widths = torch.tensor(grid.block_sizes(1), dtype=torch.float32, device=topology.device)
+        per_block_row = widths.new_zeros(topology.block_rows)
+        per_block_row.index_add_(0, topology.slot_rows(), widths[topology.col.long()])
+    else:  # all blocks are equally wide
+        per_block_row = topology.crow.diff().to(torch.float32) * grid.block[1]
     per_row = per_block_row.repeat_interleave(bh, output_size=topology.block_rows * bh)
     return per_row.view(topology.groups, -1)[:, : grid.part[0]].flatten()
 
@@ -34,7 +37,9 @@ def bounds(topology: Topology, gain: float = TORCH_GAIN) -> Tensor:
     per_row = gain * (3 / fan_in(topology).clamp_(min=1)).sqrt()
     padded = per_row.new_zeros(topology.groups, grid.part_blocks[0] * topology.block[0])
     padded[:, : grid.part[0]] = per_row.view(topology.groups, -1)
-    return padded.view(topology.block_rows, -1)[topology.slot_rows()].unsqueeze(-1)
+    per_block = padded.view(topology.block_rows, -1)
+    slots = topology.crow.long().diff()
+    return per_block.repeat_interleave(slots, 0, output_size=topology.nnzb).unsqueeze(-1)
 
 
 def sparse_uniform_(

@@ -18,7 +18,8 @@ from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.masked import dense_wgrad
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Grid, tiles_of
-from sparsekern.topology.select import StreamedTopK
+from sparsekern.topology.native import loops
+from sparsekern.topology.select import streamed_top_k
 
 SLAB_ELEMENTS = 2**22
 """A slab of the dense gradient holds at most this many elements (16 MiB in float32)."""
@@ -32,7 +33,7 @@ NORMS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
 
 
 Slabs = Callable[[slice], Tensor]
-"""Makes some rows of a dense gradient, as (n, cols)."""
+"""Makes some rows of a dense gradient, as (n, cols), in memory that the next call may use again."""
 
 
 class GrowScores(NamedTuple):
@@ -96,10 +97,8 @@ def _pick(scores: Tensor, topology: Topology, k: int) -> GrowScores:
     """Split flat scores of all blocks, which are used up: active ones, and the k best others."""
     at = topology.positions()
     active = scores[at]
-    # NaN must stay visible in `active`; elsewhere it is caught by counting it as +inf
-    scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     scores[at] = -torch.inf
-    best = StreamedTopK(k, active)
+    best = streamed_top_k(k, active, scores.numel())
     best.push(scores, 0)
     return GrowScores(active, *best.result())
 
@@ -107,10 +106,14 @@ def _pick(scores: Tensor, topology: Topology, k: int) -> GrowScores:
 def linear_slabs(dys: Sequence[Tensor], xs: Sequence[Tensor]) -> Slabs:
     """Slabs of the signed sum of dyᵀ x over pairs (M_i, rows), (M_i, cols)."""
     wide = [_wide(x) for x in xs]
+    held: list[Tensor] = []  # memory of the first slab, which no other is larger than
 
     def slab(rows: slice) -> Tensor:
         first, *others = (_wide(dy[:, rows]) for dy in dys)
-        total = first.t() @ wide[0]
+        if not held or len(held[0]) < first.shape[1]:
+            held[:] = [wide[0].new_empty(first.shape[1], wide[0].shape[1])]
+        total = held[0][: first.shape[1]]
+        torch.mm(first.t(), wide[0], out=total)
         for dy, x in zip(others, wide[1:], strict=True):
             # in place, but as `total.addmm_` a counter of FLOPs would not know it
             torch.addmm(total, dy.t(), x, out=total)
@@ -147,32 +150,44 @@ def stream_grow_scores(
     """Score a dense gradient that comes one slab of rows at a time.
 
     Args:
-        slab_of: makes the rows of a slice of the gradient, (n, cols), anew at each call; a slice
-            lies within one group.
+        slab_of: makes the rows of a slice of the gradient, (n, cols), to be written to; a
+            slice lies within one group.
         like: has the device and dtype of the activations.
         topology: what is active now.
         k: how many inactive blocks to report; fewer come back if fewer are inactive.
         norm: one of `NORMS`; plain magnitude for block (1, 1).
         reduce: sums a slab over ranks in place, before any absolute value is taken.
     """
-    collected: list[Tensor] = []
-    best = StreamedTopK(k, _wide(like.new_empty(0)))
+    wide = _wide(like.new_empty(0))
+    active = wide.new_empty(topology.nnzb)
+    best = streamed_top_k(k, wide, topology.grid.total)
     bounds = topology.crow.tolist()
     for first, last, rows in _slab_rows(topology):
         slab = slab_of(rows)
         if reduce is not None:
             reduce(slab)
         scores = _slab_scores(slab, topology.grid, last - first, norm)
-        lo, hi = bounds[first], bounds[last]
-        counts = topology.crow[first : last + 1].long().diff()
-        local = torch.repeat_interleave(counts, output_size=hi - lo) * topology.block_cols
-        at = local + topology.col[lo:hi]
-        collected.append(scores[at])
-        # NaN must stay visible in `active`; elsewhere it is caught by counting it as +inf
-        scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        scores[at] = -torch.inf
+        _take_active(scores, topology, first, last, active[bounds[first] : bounds[last]])
         best.push(scores, first * topology.block_cols)
-    return GrowScores(torch.cat(collected), *best.result())
+    return GrowScores(active, *best.result())
+
+
+def _take_active(scores: Tensor, topology: Topology, first: int, last: int, active: Tensor) -> None:
+    """Make scores magnitudes; move those of active blocks in block rows [first, last) to `active`.
+
+    They leave -inf behind.
+    """
+    crow, cols = topology.crow[first : last + 1], topology.block_cols
+    native = loops(scores.numel(), scores, crow, topology.col, active)
+    if native is not None:
+        arrays = (t.numpy() for t in (crow, topology.col, active))
+        native.take_active(scores.numpy(), cols, *arrays)
+        return
+    lo, hi = int(crow[0]), int(crow[-1])
+    rows = torch.repeat_interleave(crow.long().diff(), output_size=hi - lo)
+    at = rows * cols + topology.col[lo:hi]
+    active.copy_(scores.abs_()[at])
+    scores[at] = -torch.inf
 
 
 def _slab_rows(topology: Topology) -> Iterator[tuple[int, int, slice]]:
@@ -192,8 +207,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _slab_scores(slab: Tensor, grid: Grid, block_rows: int, norm: str) -> Tensor:
-    """Flat block scores of a slab, which is used up."""
+    """Flat block scores of a slab, which is used up; single entries keep their sign."""
     if grid.block == (1, 1):
-        return slab.abs_().flatten()
+        return slab.flatten()  # `_take_active` makes them magnitudes
     part = Grid((len(slab), grid.shape[1]), grid.block, block_rows, grid.cols, 1, grid.taps)
     return NORMS[norm](tiles_of(slab, part), (1, 3)).flatten()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsekern.errors import DtypeError, TopologyError
 from sparsekern.topology.blocks import Grid
+from sparsekern.topology.native import loops
 
 MAX_ACTIVE = 2**31 - 1
 """Blocks that int32 index arrays can count."""
@@ -43,10 +44,23 @@ def sample_sorted(n: int, total: int, generator: torch.Generator | None = None) 
         missing = n - drawn.numel()
         count = missing + missing // 8 + 16
         fresh = torch.randint(total, (count,), generator=generator, device="cpu")
-        drawn = torch.unique(torch.cat([drawn, fresh]))
+        drawn = _distinct(torch.cat([drawn, fresh]) if drawn.numel() else fresh, total)
     # the set is uniform, so leaving out a uniform part of it keeps it so
-    keep = torch.randperm(drawn.numel(), generator=generator, device="cpu")[:n]
-    return drawn[keep.sort().values]
+    chosen = torch.zeros(drawn.numel(), dtype=torch.bool, device="cpu")
+    chosen[torch.randperm(drawn.numel(), generator=generator, device="cpu")[:n]] = True
+    return drawn[chosen]
+
+
+def _distinct(drawn: Tensor, total: int) -> Tensor:
+    """The numbers out of [0, total), which are used up, ascending and without repeats."""
+    native = loops(drawn.numel(), drawn)
+    if native is None:
+        distinct: Tensor = torch.unique(drawn)
+        return distinct
+    other = torch.empty_like(drawn)
+    left, swapped = native.sort_distinct(drawn.numpy(), other.numpy(), (total - 1).bit_length())
+    distinct = other if swapped else drawn
+    return distinct[:left]
 
 
 class _Region(NamedTuple):
@@ -114,8 +128,10 @@ def _counts(grid: Grid, regions: list[_Region], target: int) -> list[int]:
 
 def _positions(grid: Grid, region: _Region, local: Tensor) -> Tensor:
     """Flat positions in the grid of a region's blocks, numbered row by row through all parts."""
+    down, across = grid.part_blocks
+    if (region.rows, region.cols) == (down, across):
+        return local  # there is no other region
     width = grid.taps * region.cols
     row, col = torch.div(local, width, rounding_mode="floor"), local % width
-    down, across = grid.part_blocks
     row = row // region.rows * down + row % region.rows + region.row
     return row * grid.cols + col // region.cols * across + col % region.cols + region.col

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from sparsekern.topology.native import loops
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
@@ -23,11 +29,26 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if k <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
+    native = loops(n, scores) if scores.dtype in _BITS else None
+    if native is not None:
+        mask = torch.empty(n, dtype=torch.bool, device=scores.device)
+        native.mark_best(_bits(scores).numpy(), k, mask.numpy())
+        return mask
     threshold = scores.kthvalue(n - k + 1).values
     mask = scores > threshold
     ties = (scores == threshold).nonzero()[:, 0]
     mask[ties[: k - int(mask.sum())]] = True
     return mask
+
+
+def streamed_top_k(k: int, like: Tensor, total: int) -> StreamedTopK | CompiledTopK:
+    """An empty `StreamedTopK` for `total` scores of the dtype and on the device of `like`."""
+    native = loops(total, like) if like.dtype in _BITS else None
+    return StreamedTopK(k, like) if native is None else CompiledTopK(k, like, total, native)
+
+
+def _bits(scores: Tensor) -> Tensor:
+    return scores.detach().view(_BITS[scores.dtype])
 
 
 class StreamedTopK:
@@ -45,9 +66,13 @@ class StreamedTopK:
         self._threshold = like.new_full((), -torch.inf)
 
     def push(self, scores: Tensor, first: int) -> None:
-        """Offer `scores` (n,), the first of which stands at position `first`; -inf never wins."""
+        """Offer `scores` (n,), which are used up; the first of them stands at position `first`.
+
+        -inf never wins, and NaN counts as +inf, so that it stays visible.
+        """
         if not self.k:
             return
+        scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         at = (scores > self._threshold).nonzero()[:, 0]
         self._scores.append(scores[at])
         self._positions.append(at + first)
@@ -64,3 +89,36 @@ class StreamedTopK:
             self._threshold = scores.min()
         self._scores, self._positions, self.held = [scores], [positions], scores.numel()
         return positions, scores
+
+
+class CompiledTopK:
+    """The same as `StreamedTopK` in one pass over each piece, for CPU tensors.
+
+    Whole chunks of scores below the threshold are passed over by one comparison.
+    """
+
+    def __init__(self, k: int, like: Tensor, total: int, native: ModuleType) -> None:
+        self.k, self.held = k, 0
+        self._native = native
+        room = min(k + max(k, 1024), total) + native.CHUNK
+        self._scores = like.new_empty(room)
+        self._positions = torch.empty(room, dtype=torch.int64, device="cpu")
+        self._arrays = tuple(
+            t.numpy() for t in (self._scores, _bits(self._scores), self._positions)
+        )
+        self._threshold = -torch.inf
+
+    def push(self, scores: Tensor, first: int) -> None:
+        """Offer `scores` (n,), the first of which stands at position `first`, as there."""
+        if self.k:
+            scores = scores.detach().to(self._scores).contiguous()
+            self.held, self._threshold = self._native.offer(
+                scores.numpy(), first, *self._arrays, self.held, self._threshold, self.k
+            )
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Positions (ascending) and scores of the k best seen, or of all if fewer were offered."""
+        if self.held > self.k:
+            self._threshold = self._native.keep_best(*self._arrays, self.held, self.k)
+            self.held = self.k
+        return self._positions[: self.held].clone(), self._scores[: self.held].clone()

@@ -20,6 +20,7 @@ from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity
 from sparsekern.topology.build import arrays_at, contains
 from sparsekern.topology.checks import check_array, check_compressed, check_topology
 from sparsekern.topology.known import Known, prove, versions_of, vouch
+from sparsekern.topology.native import loops
 
 STORED_NAMES = ("crow", "col")
 """The arrays that connections are saved by."""
@@ -267,6 +268,12 @@ class Topology:
 
     def positions(self) -> Tensor:
         """Flat positions of the active blocks, (nnzb,) int64, ascending."""
+        native = loops(self.nnzb, self.crow, self.col)
+        if native is not None:
+            positions = torch.empty(self.nnzb, dtype=torch.int64, device="cpu")
+            # offsets that were never checked could point anywhere
+            if native.flat(self.crow.numpy(), self.col.numpy(), self.block_cols, positions.numpy()):
+                return positions
         return self.slot_rows() * self.block_cols + self.col
 
     def digest(self) -> str:
