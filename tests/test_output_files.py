@@ -1,6 +1,7 @@
 """Files that commands write: checked first, written whole."""
 
 import argparse
+import ast
 import os
 import stat
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_a_link_of_somebody_else_in_a_shared_folder_is_refused(tmp_path, monkeyp
     assert victim.read_text() == "mine"  # one's own link is followed
 
     me = os.geteuid()
-    stranger = SimpleNamespace(st_uid=me + 1)
+    stranger = SimpleNamespace(st_uid=me + 1, st_mode=stat.S_IFLNK | 0o777)
     monkeypatch.setattr(Path, "lstat", lambda _: stranger)
     monkeypatch.setattr(
         Path, "stat", lambda self, **_: os.stat_result((0o41777, *[0] * 3, me + 2, *[0] * 5))
@@ -164,6 +165,35 @@ def test_a_read_only_file_is_refused_before(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="the file is read-only"):
         output_files.write_whole(path, "new")
     assert path.read_text() == "old"
+
+
+ROOT = Path(output_files.__file__).resolve().parents[2]
+LOGS = {"benchmarks/suite/__main__.py", "benchmarks/suite/conftest.py"}
+"""What grows while it is followed, in a folder that was made for it."""
+
+
+def opened_to_write(source):
+    """Lines of code that write to a file by themselves."""
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)):
+            continue
+        name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        modes += [k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)]
+        writes = any(isinstance(m, str) and set("wax+") & set(m) and len(m) < 4 for m in modes)
+        if name in {"write_text", "write_bytes", "savefig"} or (name == "open" and writes):
+            yield node.lineno
+
+
+def test_nothing_else_writes_files():
+    assert list(opened_to_write("open('a', 'w')\np.open(mode='wb')\np.open('rb')")) == [1, 2]
+    writers = {
+        str(path.relative_to(ROOT))
+        for folder in ("sparsekern", "benchmarks", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(opened_to_write(path.read_text()))
+    }
+    assert writers == LOGS | {"sparsekern/show/output_files.py"}
 
 
 def test_an_error_is_told_on_one_line():
