@@ -169,6 +169,8 @@ class HeldTopology(nn.Module):
         """Refuse what does not fit before anything is copied; see `saved_state`."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         incoming = saved_state.prepare(self, state_dict, prefix, assign=assign)
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._let_go()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if incoming is not None and all(map(_holds, self._stored(), (incoming.crow, incoming.col))):
             self._derive(incoming, assign=assign)
@@ -179,6 +181,13 @@ class HeldTopology(nn.Module):
                 self.dense_mask = held
             else:
                 mask.copy_(held)
+
+    def _let_go(self) -> None:
+        """Know nothing of the buffers: torch swaps no tensors that something refers to weakly."""
+        for topology in (self._topology, self._held()):
+            if topology is not None:
+                forget(topology)
+        self._topology = None
 
     def _stored(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in STORED_NAMES)
