@@ -7,6 +7,7 @@ written to; see `sparsekern.topology.known`. Only what this library writes itsel
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from operator import is_
 from typing import Any, Self
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsekern.errors import TopologyError
+from sparsekern.errors import TopologyError, WeightError
 from sparsekern.nn import saved_state
 from sparsekern.topology import ARRAY_NAMES, DERIVED_NAMES, STORED_NAMES, Topology
 from sparsekern.topology.known import forget, is_tracked, vouch
 
+_PARAMETRIZE = "torch.nn.utils.parametrize"
 _LEFT = "_sparsekern_arrays_stay"  # mark of a DDP module that broadcasts no index arrays
 
 
@@ -132,6 +134,22 @@ class HeldTopology(nn.Module):
         self._trust()
 
     # ---- torch plumbing
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, unless it is a part of the topology or is to be parametrized."""
+        if name in ARRAY_NAMES:
+            raise TopologyError(
+                f"`{name}` can't be deleted, replaced or parametrized: it is a part of the "
+                f"layer's topology"
+            )
+        # FSDP deletes it too, and puts a view in its place
+        if name == "values" and sys._getframe(1).f_globals.get("__name__") == _PARAMETRIZE:
+            raise WeightError(
+                "`values` of a sparse layer can't be parametrized: a topology update writes to the "
+                "parameter itself, and torch keeps parametrizations in a ModuleDict, which has a "
+                "method of that name"
+            )
+        super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, but never cast the index arrays, as `Module.type` would.
