@@ -7,6 +7,7 @@ written to; see `sparsekern.topology.known`. Only what this library writes itsel
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, Self
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsekern.errors import TopologyError
+from sparsekern.errors import TopologyError, WeightError
 from sparsekern.nn import averaged, lineage, saved_state
 from sparsekern.nn.lineage import Era, Origin
 from sparsekern.topology import ARRAY_NAMES, DERIVED_NAMES, STORED_NAMES, Topology
 from sparsekern.topology.known import forget, is_tracked, menders, vouch
 
+_PARAMETRIZE = "torch.nn.utils.parametrize"
 _LEFT = "_sparsekern_arrays_stay"  # mark of a DDP module that broadcasts no index arrays
 
 
@@ -160,6 +162,22 @@ class HeldTopology(nn.Module):
 
     # ---- torch plumbing
 
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, unless it is a part of the topology or is to be parametrized."""
+        if name in ARRAY_NAMES:
+            raise TopologyError(
+                f"`{name}` can't be deleted, replaced or parametrized: it is a part of the "
+                f"layer's topology"
+            )
+        # FSDP deletes it too, and puts a view in its place
+        if name == "values" and sys._getframe(1).f_globals.get("__name__") == _PARAMETRIZE:
+            raise WeightError(
+                "`values` of a sparse layer can't be parametrized: a topology update writes to the "
+                "parameter itself, and torch keeps parametrizations in a ModuleDict, which has a "
+                "method of that name"
+            )
+        super().__delattr__(name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, but never cast the index arrays, as `Module.type` would.
 
@@ -216,6 +234,8 @@ class HeldTopology(nn.Module):
         """Refuse what does not fit before anything is copied; see `saved_state`."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         incoming = saved_state.prepare(self, state_dict, prefix, assign=assign)
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._let_go()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if incoming is not None and all(map(_holds, self._stored(), (incoming.crow, incoming.col))):
             self._derive(incoming, assign=assign)
@@ -229,6 +249,13 @@ class HeldTopology(nn.Module):
                 self.dense_mask = held
             else:
                 mask.copy_(held)
+
+    def _let_go(self) -> None:
+        """Know nothing of the buffers: torch swaps no tensors that something refers to weakly."""
+        for topology in (self._topology, self._held()):
+            if topology is not None:
+                forget(topology)
+        self._topology = None
 
     def _stored(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in STORED_NAMES)
