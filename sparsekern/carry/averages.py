@@ -25,10 +25,9 @@ from sparsekern.nn.averaged import (
     averages,
     check_not_left,
     held_layers,
-    is_averaged,
+    source_of,
     times_averaged,
 )
-from sparsekern.nn.held import HeldTopology
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +55,13 @@ class Followed:
         found = _named(self.average)
         return {name: found.get(own) for name, own in self.names.items()}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
-        return Followed(memo.get(id(self.average)), self.names)
+    def __getstate__(self) -> dict[str, Any]:
+        # the average itself: what is copied later in the same go must be this copy
+        return {"average": self.average, "names": self.names}
 
-    def __reduce__(self) -> tuple[type[Followed], tuple[None, dict[str, str]]]:
-        return Followed, (None, self.names)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        average, self.names = state["average"], state["names"]
+        self._average = None if average is None else weakref.ref(average)
 
 
 def follow(layers: Mapping[str, SparseLayer], average: Any) -> Followed:
@@ -137,7 +138,7 @@ def _twins_of(layers: Mapping[str, SparseLayer], followed: Sequence[Followed]) -
                 twin is t for ts in twins.values() for t in ts
             ):
                 continue
-            source = _source(twin)
+            source = source_of(twin)
             if source is None:
                 _mark_unknown(layers, twin, path, average)
             elif id(source) in names:
@@ -146,13 +147,6 @@ def _twins_of(layers: Mapping[str, SparseLayer], followed: Sequence[Followed]) -
                 _take(twins[name], name, layers[name], twin, average, required=direct)
     in_step(layers, twins)
     return twins
-
-
-def _source(twin: SparseLayer) -> HeldTopology | None:
-    """The layer whose weights a copy averages: the nearest it descends from that is no average."""
-    origin = twin._origin
-    found = origin.ancestors() if origin is not None else ()
-    return next((layer for layer in found if not is_averaged(layer)), None)
 
 
 def _take(

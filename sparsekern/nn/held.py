@@ -48,6 +48,7 @@ class HeldTopology(nn.Module):
     _origin: Origin | None = None  # of a copy
     _related = False  # whether it is a copy, or was copied
     _left: averaged.LeftBehind | None = None
+    _loads = 0  # how often a load gave it other connections or parameters
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -236,12 +237,16 @@ class HeldTopology(nn.Module):
         incoming = saved_state.prepare(self, state_dict, prefix, assign=assign)
         if torch.__future__.get_swap_module_params_on_conversion():
             self._let_go()
+        same, era = incoming is None or self._stores(incoming), self._era
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        if incoming is not None and all(map(_holds, self._stored(), (incoming.crow, incoming.col))):
+        if incoming is not None and self._stores(incoming):
             self._derive(incoming, assign=assign)
         if incoming is not None:
             self._left = None
             lineage.join_era(self)
+        self._loads += not same or assign
+        if not same:
+            averaged.leave_behind(self, era)
         mask = self.dense_mask
         if mask is not None and (incoming is not None or not self._blank):
             held = self.topology.to_mask()
@@ -257,8 +262,9 @@ class HeldTopology(nn.Module):
                 forget(topology)
         self._topology = None
 
-    def _stored(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in STORED_NAMES)
+    def _stores(self, topology: Topology) -> bool:
+        """Whether the arrays that a state_dict holds are a topology's."""
+        return all(_holds(getattr(self, n), getattr(topology, n)) for n in STORED_NAMES)
 
     def _derive(self, topology: Topology, *, assign: bool) -> None:
         """Fill the index arrays that follow from `crow` and `col`, which were loaded."""

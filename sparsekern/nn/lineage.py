@@ -54,8 +54,17 @@ class Origin:
         """Whether the copy was made of this very layer."""
         return self._layer is not None and self._layer() is layer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        """Of an average that is copied after its model, in one go: the copied model's layer."""
+        source = (
+            None if self._before is None or self._before._layer is None else self._before._layer()
+        )
+        twin = memo.get(id(source))
+        if source is None or type(twin) is not type(source):
+            return self
+        made = Origin()
+        made._layer, made._before = weakref.ref(twin), self
+        return made
 
     def __reduce__(self) -> tuple[type[Origin], tuple[()]]:
         return Origin, ()
