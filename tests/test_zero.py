@@ -45,9 +45,10 @@ def worker(rank, world, port, queue):
         optimizer.consolidate_state_dict()
         entry = resumed = None
         if rank == 0:
-            entry = optimizer.state_dict()["param_groups"][0]["sparsekern"]["weight_steps"]
+            state = optimizer.state_dict()
+            entry = state["param_groups"][0]["sparsekern"]["weight_steps"]
             method.load_state_dict({"weight_steps": 0, "last_update": None})
-            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.load_state_dict(state)
             resumed = method.weight_steps
         mine = {id(p) for group in optimizer.optim.param_groups for p in group["params"]}
         found = {

@@ -144,6 +144,8 @@ class HeldTopology(nn.Module):
         known = self._topology and self._topology._known
         if not known or not is_tracked(known.arrays):
             return False
+        if self._related and averaged.is_averaged(self):
+            return False  # what averages a state_dict writes numbers that mean nothing
         now = zip(ARRAY_NAMES, known.arrays, known.versions, strict=True)
         written = {name for name, array, version in now if array._version != version}
         if not written or not written <= set(STORED_NAMES):
