@@ -9,6 +9,7 @@ the model's, and the library knows of what a copy was made. Others are named by 
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import weakref
@@ -57,7 +58,8 @@ class Followed:
         return {name: found.get(own) for name, own in self.names.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
-        return Followed(memo.get(id(self.average)), self.names)
+        # whatever comes first in what is copied; if the average is not in it, its copy is gone soon
+        return Followed(copy.deepcopy(self.average, memo), self.names)
 
     def __reduce__(self) -> tuple[type[Followed], tuple[None, dict[str, str]]]:
         return Followed, (None, self.names)
@@ -142,17 +144,15 @@ def _twins_of(layers: Mapping[str, SparseLayer], followed: Sequence[Followed]) -
                 _mark_unknown(layers, twin, path, average)
             elif id(source) in names:
                 name = names[id(source)]
-                direct = twin._origin is not None and twin._origin.is_of(source)
+                direct = twin._origin is not None and twin._origin.is_near(source)
                 _take(twins[name], name, layers[name], twin, average, required=direct)
     in_step(layers, twins)
     return twins
 
 
 def _source(twin: SparseLayer) -> HeldTopology | None:
-    """The layer whose weights a copy averages: the nearest it descends from that is no average."""
-    origin = twin._origin
-    found = origin.ancestors() if origin is not None else ()
-    return next((layer for layer in found if not is_averaged(layer)), None)
+    """The layer whose weights a copy averages."""
+    return None if twin._origin is None else twin._origin.source(is_averaged)
 
 
 def _take(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsekern.carry.transaction import Attribute, Write
+from sparsekern.carry.transaction import Attribute, Item, Write
 from sparsekern.carry.wrappers import has_hooks, parameters, unwrapped
 from sparsekern.errors import ConfigError
 from sparsekern.methods import progress
@@ -236,6 +236,7 @@ class Loop:
         self._stop_counting(for_good=len(self._chains) == 1)
         self._round.append(stepped)
         self._moved |= self._moving
+        self._publish()
         if len(self._round) == len(self._chains):
             if self._moved and self.step_on_update:
                 self._update_if_due()
@@ -283,12 +284,15 @@ class Loop:
         return Progress(self.weight_steps + self._moved, self.last_update, self.history)
 
     def _publish(self) -> None:
-        if not self.attached:
-            return
-        now = self._progress()
-        for chain in self._chains:
-            for optimizer in chain:
-                optimizer.param_groups[0][progress.ENTRY] = progress.short(now)
+        for write in self._publishing(self.last_update):
+            write.write()
+
+    def _publishing(self, last_update: int | None) -> list[Item]:
+        """What tells the optimizers of the last update."""
+        now = progress.short(self._progress()._replace(last_update=last_update))
+        chains = self._chains if self.attached else ()
+        groups = [optimizer.param_groups[0] for chain in chains for optimizer in chain]
+        return [Item(group, progress.ENTRY, dict(now)) for group in groups]
 
     def _save(self, _optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         state["param_groups"][0][progress.ENTRY] = progress.entry(self._progress())
