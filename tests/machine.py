@@ -45,6 +45,7 @@ class Machine:
         self.saved: Any = None
         self.left: tuple[Parts, Any] | None = None  # what a copy was made of, and how it was
         self.interrupt_at = 0
+        self.unfrozen = False  # since the last step: a batch may come before the method looks
         self._identities()
 
     def _identities(self) -> None:
@@ -101,7 +102,8 @@ class Machine:
         due = due and self.spec.method != "static" and bool(method.trained_layers())
         step()
         updated = len(method.history) - n
-        check(updated == due, f"{updated} updates; due: {due}")
+        due, self.unfrozen = due and not (self.unfrozen and not updated), False
+        check(updated == int(due), f"{updated} updates; due: {due}")
         spent = updated and not method.step_on_update
         now = method.state_dict()["weight_steps"]
         check(now == steps + (not spent), f"{now} weight steps after {steps}, spent: {spent}")
@@ -225,6 +227,7 @@ def average(m: Machine, _: random.Random) -> None:
 def freeze(m: Machine, g: random.Random) -> None:
     values = m.parts.layers()[g.choice(list(m.same))].values
     values.requires_grad_(not values.requires_grad)
+    m.unfrozen |= values.requires_grad
 
 
 def save(m: Machine, _: random.Random) -> None:

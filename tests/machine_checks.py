@@ -37,7 +37,8 @@ def rows(layer: Any, state: dict[str, Any]) -> Rows:
         elif isinstance(entry, Tensor) and entry.shape[:1] == layer.values.shape[:1]:
             blocks[key] = entry.clone()
         else:
-            check(getattr(entry, "shape", ()) == (), f"state {key} has shape {entry!r}")
+            shape = getattr(entry, "shape", ())
+            check(shape == (), f"state {key} has shape {shape}")
             scalars[key] = entry.clone() if isinstance(entry, Tensor) else entry
     return Rows(layer.topology.positions().clone(), blocks, scalars)
 

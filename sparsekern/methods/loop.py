@@ -193,7 +193,9 @@ class Loop:
     def __getstate__(self) -> dict[str, Any]:
         # hooks belong to one optimizer; a copy hangs its own on the copied one
         own: dict[str, Any] = {"_hooks": [], "_passes": None, "_outermost": None, "_stepping": None}
-        return self.__dict__ | own | {"_round": [], "_attach_again": self.attached}
+        # a round that has begun counts: the copy begins another one
+        own |= {"weight_steps": self.weight_steps + self._moved, "_round": [], "_moved": False}
+        return self.__dict__ | own | {"_attach_again": self.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attach = state.pop("_attach_again")
