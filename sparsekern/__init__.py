@@ -42,7 +42,7 @@ from sparsekern.nn import (
 )
 from sparsekern.planning import Budget, Plan, plan
 from sparsekern.profiling import Report, profile
-from sparsekern.swap import densify_, sparse_layers, sparsify_
+from sparsekern.swap import Summary, densify_, sparse_layers, sparsify_, summary
 from sparsekern.topology import Topology
 
 __version__ = "0.1.0"
@@ -78,6 +78,7 @@ __all__ = [
     "SparseRNN",
     "SparseRNNCell",
     "Static",
+    "Summary",
     "Topology",
     "TopologyError",
     "TrainingLoopError",
@@ -91,4 +92,5 @@ __all__ = [
     "save",
     "sparse_layers",
     "sparsify_",
+    "summary",
 ]

@@ -251,7 +251,7 @@ def try_state(rng):
         elif kind == 2:
             state[key] = old.to(rng.choice((torch.int64, torch.float32, torch.int8, torch.bool)))
         elif kind == 3:
-            state[key] = old.unsqueeze(rng.randrange(2))
+            state[key] = old.unsqueeze(rng.randrange(old.dim() + 1))
         elif kind == 4:
             del state[key]
         elif kind == 5:

@@ -212,17 +212,24 @@ def test_an_older_pickle_saves_two_arrays_from_now_on():
     assert set(found.state_dict()) == {"values", "crow", "col", "bias"}
 
 
-def test_a_state_written_in_place_is_found():
-    """As distributed checkpoints do: into the tensors of the state_dict, then load it."""
+def test_a_state_written_in_place_takes_the_other_arrays_along():
+    """As distributed checkpoints do: into the tensors of the state_dict, then perhaps load it."""
     source, layer = (sk.SparseLinear(8, 8, sparsity=0.5) for _ in range(2))
     state = layer.state_dict()
     for key, value in source.state_dict().items():
         state[key].copy_(value)
     x = integers(2, 8)
-    with pytest.raises(sk.TopologyError, match="does not follow"):
-        layer(x)
+    assert torch.equal(layer(x), source(x))
+    assert layer.topology == source.topology.validate()
     layer.load_state_dict(state)
     assert torch.equal(layer(x), source(x))
+
+
+def test_a_state_written_in_place_that_is_no_topology_is_refused():
+    layer = sk.SparseLinear(8, 8, sparsity=0.5)
+    layer.state_dict()["col"].fill_(9)
+    with pytest.raises(sk.TopologyError, match="col"):
+        layer(integers(2, 8))
 
 
 def test_training_goes_on_after_a_load():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.carry.averages import Followed, follow, twins_of
+from sparsekern.carry.followers import follows
 from sparsekern.carry.optimizer_state import check_followable, check_state
 from sparsekern.carry.transaction import Append, Attribute, Write
 from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
@@ -225,6 +226,10 @@ class Method(Loop):
             f"update_freq={s.freq}, drop_fraction={s.drop_fraction}, decay={s.decay!r}, "
             f"weight_steps={self.weight_steps}, updates={len(self.history)})"
         )
+
+    def _attach(self) -> None:
+        super()._attach()
+        follows(self, self.layers.values())
 
     def _watch(self, due: bool) -> None:
         self._ready_layers = None

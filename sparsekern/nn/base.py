@@ -23,6 +23,9 @@ from sparsekern.topology import Topology
 
 L = TypeVar("L", bound=nn.Module)
 
+resizers: list[Callable[[SparseLayer, Topology, Any], None]] = []
+"""What makes `resize_`: it knows of optimizers and averages, which stand above the layers."""
+
 
 class SparseLayer(HeldTopology):
     """Base of layers with one sparse weight matrix of shape (rows, cols).
@@ -140,6 +143,30 @@ class SparseLayer(HeldTopology):
             if self.dense_mask is not None:
                 self.dense_mask.copy_(topology.to_mask())
             self._overwrite_(topology)
+
+    def resize_(
+        self,
+        topology: Topology,
+        *,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    ) -> None:
+        """Switch to a topology with more or fewer active blocks; all or nothing.
+
+        Values, optimizer state and averages move with their blocks; new ones start at 0. `values`
+        stays the same Parameter, in its optimizer, and loses its gradient.
+
+        Args:
+            topology: same shape and block.
+            optimizer: that holds `values`, or several; None takes those of the method that
+                follows the layer, if one is attached.
+
+        Raises:
+            ConfigError: the layer is inside DistributedDataParallel, FSDP or a compiled module, or
+                there is a captured CUDA graph: these count on the size of its parameter.
+            DtypeError, OptimizerError, ShapeError, TopologyError: a topology of another matrix, or
+                an optimizer that does not hold the values, or whose state can't follow.
+        """
+        resizers[0](self, topology, optimizer)
 
     def fresh_slots(self, topology: Topology, source: Tensor) -> Tensor:
         """Which entries of `values` are new under a topology.

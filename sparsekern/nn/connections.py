@@ -83,15 +83,41 @@ def topology_of_largest(
 
     The count is exact to within one block; ties go to the lowest position.
     """
-    target = active_count(weight.numel(), check_sparsity(sparsity))
+    full = every_block(weight, block, groups=groups, taps=taps)
+    return largest_of(full, full.pack(weight.detach()), sparsity)
+
+
+def every_block(weight: Tensor, block: Block, *, groups: int = 1, taps: int = 1) -> Topology:
+    """The topology of a matrix (rows, cols) that leaves nothing out, on the matrix's device."""
     full = Topology.random(weight.shape, block, sparsity=0.0, groups=groups, taps=taps)
-    full = full.to(weight.device)
-    scores = block_norm(full.pack(weight.detach()), "l1")
-    sizes = full.pack(torch.ones_like(weight, dtype=torch.int64)).sum((1, 2))
-    order = torch.argsort(scores, descending=True, stable=True)
-    held = sizes[order].cumsum(0)
+    return full.to(weight.device)
+
+
+def largest_of(topology: Topology, values: Tensor, sparsity: float) -> Topology:
+    """Those of a topology's blocks, of `values` (nnzb, bh, bw), that are to stay.
+
+    `sparsity` is of the whole matrix; see `topology_of_largest`.
+    """
+    rows, cols = topology.shape
+    target = active_count(rows * cols, check_sparsity(sparsity))
+    order = torch.argsort(block_norm(values, "l1"), descending=True, stable=True)
+    n = count_within(block_weights(topology)[order], target)
+    return topology.with_positions(topology.positions()[order[: max(n, 1)]].sort().values)
+
+
+def block_weights(topology: Topology) -> Tensor:
+    """Weights in each active block, (nnzb,) int64: padding is not counted."""
+    grid = topology.grid
+    heights, widths = (
+        torch.tensor(grid.block_sizes(axis), device=topology.device) for axis in (0, 1)
+    )
+    return heights[topology.slot_rows()] * widths[topology.col.long()]
+
+
+def count_within(sizes: Tensor, target: int) -> int:
+    """How many of blocks that hold `sizes` weights, from the first on, come closest to `target`."""
+    held = sizes.cumsum(0)
     n = int((held <= target).sum())
-    if n < len(held) and 2 * (target - (int(held[n - 1]) if n else 0)) >= int(sizes[order[n]]):
+    if n < len(held) and 2 * (target - (int(held[n - 1]) if n else 0)) >= int(sizes[n]):
         n += 1
-    positions = full.positions()[order[: max(n, 1)]].sort().values
-    return full.with_positions(positions)
+    return n

@@ -23,7 +23,7 @@ from sparsekern.nn.conv_arguments import (
     check_groups,
     padding_of,
 )
-from sparsekern.nn.init import draw_uniform_
+from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.ops import GrowScores
 from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.masked import dense_conv2d, to_kernel, to_matrix
@@ -135,9 +135,11 @@ class SparseConv(SparseLayer):
         self.bias = nn.Parameter(empty) if bias else None
         self.reset_parameters(generator)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+    ) -> None:
         """Draw values scaled by each neuron's active inputs, and the bias as torch does."""
-        self.reset_values(generator)
+        self.reset_values(generator, gain)
         if self.bias is not None:
             draw_uniform_(self.bias.data, generator, 1 / math.sqrt(self.matrix_shape[1]))
 
@@ -242,15 +244,22 @@ class SparseConv(SparseLayer):
         cls, module: nn.Conv1d | nn.Conv2d, topology: Topology, *, impl: str | None = None
     ) -> Self:
         """Take over a dense layer with the weights that `topology` makes active."""
-        layer = cls(
+        layer = cls.shaped_like(module, topology, impl)
+        return layer._take_from(module, matrix_of(module.weight.detach()))
+
+    @classmethod
+    def shaped_like(
+        cls, module: nn.Conv1d | nn.Conv2d | SparseConv, topology: Topology, impl: str | None
+    ) -> Self:
+        """A layer of another one's settings, dtype and device, with values to be overwritten."""
+        return cls(
             *_arguments(module),
             topology=topology,
             impl=impl,
-            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten below
+            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        return layer._take_from(module, matrix_of(module.weight.detach()))
 
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """Torch's own layer with the same weights, zeros filled in."""

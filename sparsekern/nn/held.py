@@ -19,7 +19,7 @@ from sparsekern.errors import TopologyError
 from sparsekern.nn import averaged, lineage, saved_state
 from sparsekern.nn.lineage import Era, Origin
 from sparsekern.topology import ARRAY_NAMES, DERIVED_NAMES, STORED_NAMES, Topology
-from sparsekern.topology.known import forget, is_tracked, vouch
+from sparsekern.topology.known import forget, is_tracked, menders, vouch
 
 _LEFT = "_sparsekern_arrays_stay"  # mark of a DDP module that broadcasts no index arrays
 
@@ -131,6 +131,25 @@ class HeldTopology(nn.Module):
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAY_NAMES}
         groups, taps = self._cut
         return Topology(self.matrix_shape, self.block, **arrays, groups=groups, taps=taps)
+
+    def _follow_stored(self) -> bool:
+        """Rebuild what follows from `crow` and `col` if these, and only these, were written to.
+
+        A state_dict holds them, so who writes to its tensors in place, as a distributed checkpoint
+        does, has written all there is.
+        """
+        known = self._topology and self._topology._known
+        if not known or not is_tracked(known.arrays):
+            return False
+        now = zip(ARRAY_NAMES, known.arrays, known.versions, strict=True)
+        written = {name for name, array, version in now if array._version != version}
+        if not written or not written <= set(STORED_NAMES):
+            return False
+        rebuilt = self._held().with_compressed(self.crow, self.col)
+        for name in DERIVED_NAMES:
+            getattr(self, name).copy_(getattr(rebuilt, name))
+        self._era, self._left = Era(), None
+        return True
 
     def _overwrite_(self, topology: Topology) -> None:
         """Switch the index arrays to a validated `topology`, in place."""
@@ -251,3 +270,14 @@ def _leave_broadcast(ddp: Any) -> None:
     ddp.parameters_to_ignore = names
     ddp._assign_modules_buffers()
     vars(ddp)[_LEFT] = True
+
+
+def _follow_written(topology: Topology) -> bool:
+    """Let the other arrays follow where a layer's `crow` or `col` was written to."""
+    for layer in lineage.alive():
+        if layer._buffers.get("crow") is topology.crow:
+            return layer._follow_stored()
+    return False
+
+
+menders.insert(0, _follow_written)  # before what mends averages

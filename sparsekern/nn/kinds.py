@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d, matrix_of
 from sparsekern.nn.linear import SparseLinear
+from sparsekern.nn.pruned import unpruned
 from sparsekern.nn.recurrent import RECURRENT
 from sparsekern.nn.recurrent.base import matrices
 from sparsekern.topology import Topology
@@ -91,7 +92,11 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def convert(module: nn.Module, topologies: Mapping[str, Topology], impl: str | None) -> Any:
-    """The sparse layer with the values of `module` at these connections, by weight name."""
+    """The sparse layer with the values of `module` at these connections, by weight name.
+
+    Of a layer that torch has pruned, the values that `prune.remove` would leave.
+    """
+    module = unpruned(module)
     sparse = SPARSE_TYPES[type(module)]
     if type(module) in RECURRENT:
         every = {name: topologies.get(name) for name in weights_of(module)}

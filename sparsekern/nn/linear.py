@@ -11,7 +11,7 @@ from sparsekern import ops
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.connections import check_mask, check_topology, topology_of
-from sparsekern.nn.init import draw_uniform_
+from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block, Grid
 
@@ -70,9 +70,11 @@ class SparseLinear(SparseLayer):
         self.bias = nn.Parameter(empty) if bias else None
         self.reset_parameters(generator)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+    ) -> None:
         """Draw values scaled by each neuron's active inputs, and the bias as `nn.Linear` does."""
-        self.reset_values(generator)
+        self.reset_values(generator, gain)
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             draw_uniform_(self.bias.data, generator, bound)
@@ -130,17 +132,24 @@ class SparseLinear(SparseLayer):
         cls, module: nn.Linear, topology: Topology, *, impl: str | None = None
     ) -> SparseLinear:
         """Take over a dense layer with the weights that `topology` makes active."""
-        layer = cls(
+        layer = cls.shaped_like(module, topology, impl)
+        return layer._take_from(module, module.weight.detach())
+
+    @classmethod
+    def shaped_like(
+        cls, module: nn.Linear | SparseLinear, topology: Topology, impl: str | None
+    ) -> SparseLinear:
+        """A layer of another one's size, dtype and device, with values to be overwritten."""
+        return cls(
             module.in_features,
             module.out_features,
             module.bias is not None,
             topology=topology,
             impl=impl,
-            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten below
+            generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
-        return layer._take_from(module, module.weight.detach())
 
     def to_dense(self) -> nn.Linear:
         """An `nn.Linear` with the same weights, zeros filled in."""

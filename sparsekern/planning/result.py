@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsekern.cost.crossing import BreakEven
 from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.swap import Planned
 from sparsekern.topology.blocks import Block
 
 
@@ -146,7 +147,7 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make sparse in a model; `sparsify_(model, **plan.arguments)` does it.
+    """What to make sparse in a model; `sparsify_(model, plan=plan)` does it.
 
     Attributes:
         rows: one for each layer that `sparsify_` could replace.
@@ -178,6 +179,20 @@ class Plan:
         blocks = {glob.escape(name): row.block for row in sparse for name in row.sparsities}
         made = {"sparsity": self.sparsity, "block": blocks, "distribution": shares | {"*": 0.0}}
         return made if self.filter_fn is None else made | {"filter_fn": self.filter_fn}
+
+    @property
+    def planned(self) -> dict[str, Planned]:
+        """The weights that are to be sparse, by name, as `sparsify_(model, plan=plan)` takes them.
+
+        A plan made by hand or read from elsewhere needs only this, `sparsity` and `filter_fn`.
+        """
+        return {
+            name: Planned(tuple(row.shapes[name]), share, row.block)
+            for row in self.rows
+            if row.block is not None
+            for name, share in row.sparsities.items()
+            if share > 0
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in values that JSON knows."""

@@ -120,7 +120,10 @@ class SparseRecurrent(nn.Module):
         return dict(self.named_children())
 
     def reset_parameters(
-        self, generator: torch.Generator | None = None, names: Container[str] | None = None
+        self,
+        generator: torch.Generator | None = None,
+        names: Container[str] | None = None,
+        gain: float = TORCH_GAIN,
     ) -> None:
         """Draw as torch does, from U(-b, b) with b = 1 / sqrt(hidden_size).
 
@@ -130,13 +133,14 @@ class SparseRecurrent(nn.Module):
         Args:
             generator: to draw from; torch's default one if None.
             names: of the matrices to draw, with their biases; None for all.
+            gain: of sparse weights; other than the default one it scales that bound.
         """
         bound = 1 / math.sqrt(self.hidden_size)
         for name, layer in self._matrices().items():
             if names is not None and name not in names:
                 continue
             if isinstance(layer, SparseLinear):
-                layer.reset_values(generator, TORCH_GAIN * math.sqrt(layer.in_features) * bound)
+                layer.reset_values(generator, gain * math.sqrt(layer.in_features) * bound)
             else:
                 draw_uniform_(layer.weight.data, generator, bound)
             if layer.bias is not None:

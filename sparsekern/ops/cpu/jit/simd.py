@@ -16,6 +16,8 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+from sparsekern.ops.cpu.jit.kept import keep_checked
+
 ir = cgutils.ir
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,10 +38,7 @@ def jit(function: F) -> F:
         compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder that it may write to
         return cast(F, njit(**options)(function))
-    # numba dates a cached kernel by the kernel's own file only: add those it is built from
-    store: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if hasattr(store, "_source_stamp"):
-        store._source_stamp = (store._source_stamp, _stamp(Path(__file__).parent))
+    keep_checked(compiled, _stamp(Path(__file__).parent))
     return cast(F, compiled)
 
 

@@ -1,0 +1,107 @@
+"""`layer.resize_`: another number of active blocks, in a layer that trains already."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.carry.averages import twins_of
+from sparsekern.carry.followers import follower_of
+from sparsekern.carry.rewire import rewired
+from sparsekern.carry.transaction import commit
+from sparsekern.carry.wrappers import check_holds
+from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.nn import SparseLayer
+from sparsekern.nn.base import resizers
+from sparsekern.topology import Topology
+
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+"""Classes that hold a model's gradients in buckets or shards of a fixed size, by name."""
+
+
+def resize_(
+    layer: SparseLayer,
+    topology: Topology,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> None:
+    """Give a layer another topology, of another size too; see `SparseLayer.resize_`."""
+    if not isinstance(topology, Topology):
+        raise DtypeError(f"`topology` must be a Topology; got {type(topology).__name__}")
+    follower = follower_of(layer)
+    optimizers = _optimizers(optimizer, follower)
+    name = "resized"
+    if follower is not None:
+        name = next(n for n, own in follower.layers.items() if own is layer)
+    if optimizer is not None:
+        check_holds(optimizers, name, layer.values)
+    if topology.nnzb != layer.topology.nnzb:
+        _check_free(layer, name)
+    followed = () if follower is None else follower.followed
+    twins = twins_of({name: layer}, [item for item in followed if name in item.names])
+    source = _source(layer.topology, topology)
+    commit(rewired(name, layer, topology, source, optimizers=optimizers, twins=twins.get(name, ())))
+
+
+def _optimizers(given: Any, follower: Any) -> tuple[torch.optim.Optimizer, ...]:
+    if given is None:
+        return () if follower is None else tuple(follower.optimizers)
+    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise DtypeError(
+                f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
+            )
+    return optimizers
+
+
+def _source(old: Topology, new: Topology) -> Tensor:
+    """(new.nnzb,) int64: where each block stood before, -1 for one that was not active."""
+    before, now = old.positions(), new.positions().to(old.device)
+    if not before.numel():
+        return torch.full_like(now, -1)
+    at = torch.searchsorted(before, now).clamp_(max=before.numel() - 1)
+    return torch.where(before[at] == now, at, -1)
+
+
+def _check_free(layer: SparseLayer, name: str) -> None:
+    """Raise `ConfigError` where something counts on the size of the layer's parameter."""
+    if type(layer.values.data) is not Tensor:
+        raise ConfigError(
+            f"layer {name!r} can't change its number of active blocks: its values are a "
+            f"{type(layer.values.data).__name__}, sharded over ranks"
+        )
+    for what in _holders(layer):
+        raise ConfigError(
+            f"layer {name!r} can't change its number of active blocks: {what} counts on the size "
+            "of its parameter; resize before wrapping, compiling or capturing"
+        )
+
+
+def _holders(layer: SparseLayer) -> Iterator[str]:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        yield "the CUDA graph that is being captured"
+    for item in gc.get_objects():
+        kind = type(item)
+        if kind.__module__ == "torch.cuda.graphs" and kind.__name__ == "CUDAGraph":
+            yield "a captured CUDA graph"  # which of its tensors are the layer's, nobody can tell
+        elif (
+            issubclass(kind, nn.Module)
+            and (held := _size_counts(item))
+            and any(module is layer for module in item.modules())
+        ):
+            yield held
+
+
+def _size_counts(module: Any) -> str | None:
+    """Why a module counts on the sizes of the parameters in it; None if it does not."""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if "OptimizedModule" in kinds or vars(module).get("_compiled_call_impl") is not None:
+        return "a compiled module"
+    return next((wrapper for wrapper in WRAPPERS if wrapper in kinds), None)
+
+
+resizers.append(resize_)
