@@ -18,6 +18,7 @@ from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
 from benchmarks.result_files import RESULTS
 from sparsekern.cost.roofline import H200, Device, Problem, Roofline, device_named
+from sparsekern.show.output_files import write_whole
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -181,4 +182,4 @@ def marked(text: str) -> list[str]:
 if __name__ == "__main__":
     cpu_tables.draw_figures()
     for page in PAGES:
-        page.write_text(filled(page.read_text()))
+        write_whole(page, filled(page.read_text()))

@@ -23,11 +23,15 @@ of the shipped table of its architecture.
 
 import json
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from sparsekern.errors import ConfigError
+from sparsekern.kernels import domains
 
 __all__ = [
     "CONFIGS",
@@ -50,6 +54,9 @@ __all__ = [
 ]
 
 ENVIRONMENT = "SPARSEKERN_LAUNCH_TABLE"
+MOST_BYTES = 1 << 24
+"""Of a table file; the shipped ones have 2^14."""
+
 _FOLDER = Path(__file__).parent / "tables"
 
 
@@ -67,14 +74,24 @@ class Key(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> "Key":
-        """Inverse of `str`; raises ValueError."""
+        """Inverse of `str`.
+
+        Raises:
+            ConfigError: it is no key.
+        """
         parts = text.split("/")
         if len(parts) != len(Key._fields) or parts[0] not in _KNOWN:
-            raise ValueError(
+            raise ConfigError(
                 f"a launch key must read op/kind/edge/rows/loads with op one of "
-                f"{sorted(_KNOWN)}; got {text!r}"
+                f"{sorted(_KNOWN)}; got {_short(text)}"
             )
-        return Key(*parts)
+        key = Key(*parts)
+        for name, allowed in domains.PARTS.items():
+            if getattr(key, name) not in allowed:
+                raise ConfigError(
+                    f"{name} of a launch key must be in {allowed}; got {_short(text)}"
+                )
+        return key
 
 
 class SpmmConfig(NamedTuple):
@@ -162,6 +179,9 @@ OPTIONAL: dict[str, type[Any]] = {"spmm_resident": RingConfig, "spmm_t_resident"
 
 _KNOWN = CONFIGS | CONV | OPTIONAL
 
+_texts = reprlib.Repr()
+_texts.maxstring = _texts.maxother = _texts.maxlong = 80
+
 _overrides: dict[tuple[str, Key], Any] = {}
 _depending: list[Callable[[], None]] = []
 
@@ -170,33 +190,76 @@ def read(path: str | Path) -> tuple[str, dict[Key, Config]]:
     """Architecture class and entries of a table file.
 
     Raises:
-        ValueError: it is not a launch table, or an entry has other fields than its operation.
+        ConfigError: it is not a launch table, or an entry has other fields than its operation, or
+            a field a value that no kernel can have. It names the file and the entry.
     """
     try:
-        data = json.loads(Path(path).read_text())
+        data = _parsed(Path(path))
         arch, entries = data["arch"], data["entries"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a launch table: {error!r}") from None
-    return arch, {Key.parse(text): _config(text, fields) for text, fields in entries}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a launch table: {_short(error)}") from None
+    if arch not in domains.ARCHES:
+        raise ConfigError(f"{path}: arch must be one of {domains.ARCHES}; got {_short(arch)}")
+    try:
+        return arch, {Key.parse(text): _config(text, fields) for text, fields in entries}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-def _config(text: str, fields: Mapping[str, Any]) -> Config:
+def _parsed(path: Path) -> Any:
+    """JSON of a file: no more than `MOST_BYTES`, every name once, and numbers that are numbers."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"expected at most {MOST_BYTES:,} bytes; got more")
+    return json.loads(content, object_pairs_hook=_distinct, parse_constant=_refused)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{_short(twice)} is there more than once")
+    return found
+
+
+def _refused(number: str) -> None:
+    raise ValueError(f"{number} is not a number in JSON")
+
+
+def _config(text: str, fields: object) -> Config:
     kind: type[Any] = _KNOWN[Key.parse(text).op]
     if not isinstance(fields, dict) or set(fields) != set(kind._fields):
-        raise ValueError(f"entry {text!r} must have the fields {kind._fields}; got {fields}")
+        raise ConfigError(
+            f"entry {text!r} must have the fields {kind._fields}; got {_short(fields)}"
+        )
+    for name, value in fields.items():
+        expected = domains.why_not(name, value)
+        if expected:
+            raise ConfigError(f"entry {text!r}: {name} must be {expected}; got {_short(value)}")
     config: Config = kind(**fields)
     return config
 
 
+def _short(value: object) -> str:
+    """How something reads, as far as it fits a message, however deep it is."""
+    return repr(value)[:200] if isinstance(value, Exception) else _texts.repr(value)
+
+
 @cache
 def table(arch: str) -> dict[Key, Config]:
-    """The shipped table of an architecture class, with the user's entries on top."""
+    """The shipped table of an architecture class, with the user's entries on top.
+
+    Raises:
+        ConfigError: see `read`; or the user's table is one for another class.
+    """
     entries = read(_FOLDER / f"{arch}.json")[1]
     path = os.environ.get(ENVIRONMENT)
     if path:
         user_arch, user = read(path)
         if user_arch != arch:
-            raise ValueError(f"{ENVIRONMENT}={path} is a table for {user_arch}; expected {arch}")
+            raise ConfigError(f"{ENVIRONMENT}={path} is a table for {user_arch}; expected {arch}")
         entries |= user
     return entries
 

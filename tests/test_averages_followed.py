@@ -11,6 +11,7 @@ from average_cases import DECAY, Run, averaged_like, dense, linear
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+from sparsekern import SET, RigL, sparsify_
 from sparsekern.errors import AverageError, DtypeError, SparseKernError, TopologyError
 from sparsekern.nn import averaged
 from sparsekern.swap import sparse_layers
@@ -289,3 +290,70 @@ def test_averages_are_looked_for_only_after_a_layer_was_made(monkeypatch):
     run.train(average, 8)
     assert len(looked) == 1
     assert averaged_like(run.model, average)
+
+
+def sparse_linear():
+    torch.manual_seed(0)
+    return sparsify_(linear(), 0.6, distribution="uniform").eval()
+
+
+@pytest.mark.parametrize("kind", ["torch", "named"])
+@pytest.mark.parametrize("method", [RigL, SET])
+def test_an_average_that_is_copied_with_its_model_follows_the_copy(method, kind):
+    def made():
+        model = sparse_linear()
+        optimizer = torch.optim.Adam(model.parameters())
+        attached = method(model, optimizer, t_end=100, update_freq=2)
+        if kind == "torch":
+            return model, optimizer, attached, AveragedModel(model, avg_fn=get_ema_avg_fn(DECAY))
+        average = copy.deepcopy(model)
+        attached.follow(average)
+        return model, optimizer, attached, average
+
+    def train(model, optimizer, _, average, steps):
+        width = next(iter(sparse_layers(model).values())).matrix_shape[1]
+        for i in steps:
+            optimizer.zero_grad()
+            x = torch.randn(16, width, generator=torch.Generator().manual_seed(i))
+            model(x).square().mean().backward()
+            optimizer.step()
+            if kind == "torch":
+                average.update_parameters(model)
+                continue
+            with torch.no_grad():
+                for own, new in zip(average.parameters(), model.parameters(), strict=True):
+                    own.lerp_(new, 0.1)
+
+    first = made()
+    train(*first, range(4))
+    second = copy.deepcopy(first)
+    train(*second, range(4, 9))
+    train(*first, range(4, 9))
+    assert len(first[2].history) == len(second[2].history) > 2
+    for one, other in ((first[0], second[0]), (first[3], second[3])):
+        pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    if kind == "named":
+        again = pickle.loads(pickle.dumps(first))
+        assert again[2].followed[0].average is again[3]
+
+
+def test_an_average_of_a_model_that_loaded_other_connections_is_refused():
+    model, other = sparse_linear(), sparse_linear()
+    for layer in sparse_layers(other).values():
+        old = layer.topology
+        cells = old.block_rows * old.block_cols
+        topology = old.with_positions(torch.arange(cells - old.nnzb, cells))
+        layer.rewire_(topology, torch.full((old.nnzb,), -1), [layer.values])
+    own, average = copy.deepcopy(model.state_dict()), AveragedModel(model)
+    average.update_parameters(model)
+    model.load_state_dict(other.state_dict())
+    model.load_state_dict(own)  # there and back
+    average.update_parameters(model)
+    x = torch.randn(2, next(iter(sparse_layers(model).values())).matrix_shape[1])
+    average(x)
+    model.load_state_dict(other.state_dict())
+    average(x)  # as it was
+    average.update_parameters(model)
+    with pytest.raises(AverageError, match="took over the connections"):
+        average(x)

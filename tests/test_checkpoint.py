@@ -371,3 +371,18 @@ def test_a_missing_file_and_a_folder(tmp_path):
         sk.load(tmp_path / "no")
     with pytest.raises(OSError, match="directory"):
         sk.load(tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_density_into_a_model_that_is_being_trained(tmp_path, method):
+    """Autograd and the method know the parameters with their old shapes."""
+    sk.save(tmp_path / "c", sparse(seed=0, share=0.6))
+    model = sparse(seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attached = METHODS[method](model, optimizer, t_end=99, update_freq=2)
+    train(model, optimizer, 1)
+    graph = [layer.values.sum() for layer in sk.sparse_layers(model).values()]
+    sk.load(tmp_path / "c", model)
+    train(model, optimizer, 8)
+    assert graph
+    assert len(attached.history) >= (method != "static")

@@ -3,6 +3,7 @@
 import gzip
 import math
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from sparsekern.errors import ConfigError, DataError, UnavailableError
 from sparsekern.training import data
+from sparsekern.training.idx import read_idx
 
 STEMS = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -62,7 +64,12 @@ DAMAGE = {
     "header": (0, IMAGES[:10], ["header of 16 bytes", "got 10"]),
     "truncated": (0, IMAGES[:-1], ["expected 600 bytes", "got 599"]),
     "longer": (0, IMAGES + b"x", ["expected 600 bytes", "got more"]),
-    "huge": (0, struct.pack(">4I", 0x803, *[2**32 - 1] * 3), ["expected 79,228", "got 0"]),
+    "huge": (
+        0,
+        struct.pack(">4I", 0x803, *[2**32 - 1] * 3),
+        ["at most 536,870,912", "make 79,228"],
+    ),
+    "lie": (0, struct.pack(">4I", 0x803, 2**9, 2**10, 2**10), ["expected 536,870,912", "got 0"]),
     "no-images": (0, struct.pack(">4I", 0x803, 0, 5, 4), ["positive sizes", "(0, 5, 4)"]),
     "fewer-labels": (1, idx(np.zeros(29)), ["expected 30 labels", "got 29"]),
     "label-range": (1, idx(np.full(30, 10)), ["[0, 10)", "got 10"]),
@@ -90,6 +97,55 @@ def test_damaged_gzip_is_a_data_error(tmp_path, cut):
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError, match=STEMS[0]):
         data.load("fashion-mnist", tmp_path)
+
+
+def test_a_flipped_bit_in_a_gzip_is_found(tmp_path):
+    write(tmp_path, map(idx, arrays()), zipped=True)
+    path = tmp_path / f"{STEMS[0]}.gz"
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # of the sum at the end
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{STEMS[0]}.*CRC"):
+        data.load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("rest", [b"", b"no deflate at all", bytes(64)])
+def test_garbage_after_the_mark_of_gzip(tmp_path, rest):
+    path = tmp_path / "a.gz"
+    path.write_bytes(b"\x1f\x8b" + rest)
+    with pytest.raises(DataError, match="readable IDX file"):
+        read_idx(path, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [((2**10, 2**10, 2**10), "at most 536,870,912"), ((2**5, 2**5, 2**5), "32,768 bytes.*more")],
+    ids=["told", "hidden"],
+)
+def test_a_bomb_takes_no_memory(tmp_path, sizes, told):
+    path = tmp_path / "bomb.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(">4I", 0x803, *sizes))
+        for _ in range(64):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=told):
+            read_idx(path, 3)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20  # a few chunks, of 64 MiB that lie there
+
+
+def test_a_text_that_has_no_end_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(bytes(2**12))
+    monkeypatch.setattr(data, "MOST_TEXT", 2**12)
+    assert data.load_text(path, 16).classes == 256
+    monkeypatch.setattr(data, "MOST_TEXT", 2**12 - 1)
+    with pytest.raises(DataError, match="at most 4,095 bytes; got more"):
+        data.load_text(path, 16)
 
 
 def test_missing_places(tmp_path):

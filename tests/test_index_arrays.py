@@ -1,7 +1,10 @@
 """No kernel reads index arrays that were not validated, whoever wrote to a layer's buffers."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -221,6 +224,69 @@ def test_copies_are_known_for_themselves(name, validations):
     changed(unpickled)
     assert not any(v is layer for v in validations)
     assert all(map(torch.equal, step(layer, x), want))
+
+
+@pytest.fixture
+def swapping():
+    """torch swaps tensors where it copies else."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@every
+@pytest.mark.usefixtures("swapping")
+def test_tensors_may_be_swapped(name):
+    (layer, x), (other, _) = made(name), made(name)
+    step(layer, x)
+    held = layer.topology if hasattr(layer, "topology") else None
+    layer.load_state_dict(other.state_dict())
+    assert all(map(torch.equal, step(layer, x), step(other, x)))
+    assert held is None or held.known() is not None
+    layer.double().float()
+    assert all(map(torch.equal, step(layer, x), step(other, x)))
+
+
+# ---- on request, at each use
+
+
+EACH_TIME = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from call_cases import LAYERS, made, step
+import sparsekern as sk
+
+for name in LAYERS:
+    for write in (lambda a: a.data.fill_(10**8), lambda a: a.numpy().fill(-5)):
+        layer, x = made(name)
+        step(layer, x)
+        write((layer if hasattr(layer, "col") else layer.hh_l0).col)
+        try:
+            step(layer, x)
+        except sk.errors.TopologyError as error:
+            print(str(error).split(" in ")[0])
+model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+sk.sparsify_(model, 0.5)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+method = sk.RigL(model, optimizer, t_end=100, update_freq=1)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+print(len(method.history))
+"""
+
+
+def test_each_use_may_be_validated():
+    found = subprocess.run(
+        [sys.executable, "-c", EACH_TIME],
+        env=os.environ | {"SPARSEKERN_CHECK": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split("\n") == ["`col` must lie"] * 2 * len(LAYERS) + ["2", ""]
 
 
 def test_a_forged_pickle_is_found():

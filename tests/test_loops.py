@@ -7,7 +7,7 @@ import torch
 from loops import METHODS, adam, digests, loss, net, same, sgd, train
 from torch import nn
 
-from sparsekern import RigL, sparse_layers
+from sparsekern import RigL, SparseLinear, Topology, sparse_layers
 from sparsekern.errors import ConfigError, DtypeError, OptimizerError
 
 BOTH = [pytest.param(True, id="step first"), pytest.param(False, id="batch spent")]
@@ -324,3 +324,55 @@ def test_a_method_that_is_driven_does_not(caplog):
     for i in range(12):
         loss(detached, i).backward()
     assert "no step of the optimizer" not in caplog.text
+
+
+@pytest.mark.parametrize("values_first", [True, False])
+@pytest.mark.parametrize("steps_first", BOTH)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradscaler_steps_several_optimizers(method, steps_first, values_first):
+    """A spent batch leaves the later optimizer gradients to look at, and they move nothing."""
+    model, plain = net(), net()
+    held = [[net_.values for net_ in sparse_layers(m).values()] for m in (model, plain)]
+
+    def pair(m, values):
+        others = [p for p in m.parameters() if not any(p is v for v in values)]
+        made = [torch.optim.SGD(g, lr=0.1, momentum=0.9) for g in (values, others)]
+        return made[:: 1 if values_first else -1]
+
+    optimizers, unscaled = pair(model, held[0]), pair(plain, held[1])
+    for m, those in ((model, optimizers), (plain, unscaled)):
+        METHODS[method](m, those, t_end=100, update_freq=2, step_on_update=steps_first)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    for i in range(7):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        scaler.scale(loss(model, i)).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    train(plain, unscaled, range(7))
+    assert same(model, plain)  # powers of two scale exactly
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_without_active_blocks_is_left_alone(method):
+    empty = SparseLinear(12, 16, topology=Topology.from_mask(torch.zeros(16, 12)))
+    model = nn.Sequential(empty, nn.ReLU(), SparseLinear(16, 8, sparsity=0.5))
+    optimizer = adam(model)
+    METHODS[method](model, optimizer, t_end=100, update_freq=2)
+    train(model, [optimizer], range(5))
+    assert empty.topology.nnzb == 0
+
+
+def test_hooks_of_an_optimizer_see_real_steps_only():
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = net()
+    optimizer = Own(model.parameters(), lr=0.1)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    RigL(model, optimizer, t_end=100)
+    assert not seen

@@ -189,30 +189,6 @@ def test_dry_run_from_end_to_end(tmp_path, monkeypatch, capsys):
         tables.table("sm80")
 
 
-BAD_TABLES = {
-    "text": ("no JSON", ["is not a launch table"]),
-    "list": ("[]", ["is not a launch table"]),
-    "no-arch": ('{"entries": {}}', ["is not a launch table", "arch"]),
-    "no-entries": ('{"arch": "sm90"}', ["is not a launch table", "entries"]),
-    "key": ('{"arch": "sm90", "entries": {"gemm/half/64/any/tma": {}}}', ["spmm_t", "gemm/half"]),
-    "parts": ('{"arch": "sm90", "entries": {"spmm/half": {}}}', ["op/kind/edge", "'spmm/half'"]),
-    "fields": (
-        '{"arch": "sm90", "entries": {"spmm/half/64/long/tma": {"BM": 64}}}',
-        ["spmm/half/64/long/tma", "num_stages", "{'BM': 64}"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TABLES)
-def test_bad_tables_say_what_is_wrong(case, tmp_path):
-    text, fragments = BAD_TABLES[case]
-    path = tmp_path / "bad.json"
-    path.write_text(text)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  the text is what is tested
-        tables.read(path)
-    assert all(fragment in str(caught.value) for fragment in fragments)
-
-
 BAD_LINES = {
     "out": (["--out", "/no/such/t.json", "--dry-run"], ["`out`", "/no/such/t.json"]),
     "rounds": (["--out", "t.json", "--rounds", "0"], ["`rounds`", "at least 1", "0"]),

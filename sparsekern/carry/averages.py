@@ -9,7 +9,6 @@ the model's, and the library knows of what a copy was made. Others are named by 
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import weakref
@@ -26,10 +25,9 @@ from sparsekern.nn.averaged import (
     averages,
     check_not_left,
     held_layers,
-    is_averaged,
+    source_of,
     times_averaged,
 )
-from sparsekern.nn.held import HeldTopology
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +55,13 @@ class Followed:
         found = _named(self.average)
         return {name: found.get(own) for name, own in self.names.items()}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
-        # whatever comes first in what is copied; if the average is not in it, its copy is gone soon
-        return Followed(copy.deepcopy(self.average, memo), self.names)
+    def __getstate__(self) -> dict[str, Any]:
+        # the average itself: what is copied later in the same go must be this copy
+        return {"average": self.average, "names": self.names}
 
-    def __reduce__(self) -> tuple[type[Followed], tuple[None, dict[str, str]]]:
-        return Followed, (None, self.names)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        average, self.names = state["average"], state["names"]
+        self._average = None if average is None else weakref.ref(average)
 
 
 def follow(layers: Mapping[str, SparseLayer], average: Any) -> Followed:
@@ -139,20 +138,15 @@ def _twins_of(layers: Mapping[str, SparseLayer], followed: Sequence[Followed]) -
                 twin is t for ts in twins.values() for t in ts
             ):
                 continue
-            source = _source(twin)
+            source = source_of(twin)
             if source is None:
                 _mark_unknown(layers, twin, path, average)
             elif id(source) in names:
                 name = names[id(source)]
-                direct = twin._origin is not None and twin._origin.is_near(source)
+                direct = twin._origin is not None and twin._origin.is_of(source)
                 _take(twins[name], name, layers[name], twin, average, required=direct)
     in_step(layers, twins)
     return twins
-
-
-def _source(twin: SparseLayer) -> HeldTopology | None:
-    """The layer whose weights a copy averages."""
-    return None if twin._origin is None else twin._origin.source(is_averaged)
 
 
 def _take(

@@ -8,7 +8,7 @@ placed and is refused: when a method is attached, by a step of a small optimizer
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -175,6 +175,9 @@ _LATER = frozenset({"step", "_opt_called", "_step_count", "grad_scale", "found_i
 """Attributes that torch gives an optimizer after its making."""
 
 
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
 @cache
 def _usual() -> frozenset[str]:
     """Attributes of every optimizer; one that has others keeps something of its own."""
@@ -193,13 +196,15 @@ def _trial(
         return None  # the reference; its shape is a matrix's, as ever
     rows = _ROWS + sum(values.shape[1:])
     with torch.no_grad():
-        twin = nn.Parameter(torch.zeros_like(values.detach()[:1]).expand(rows, -1, -1).clone())
+        twin = nn.Parameter(values.detach().new_zeros(rows, *values.shape[1:]))
     twin.grad = torch.zeros_like(twin)
     trial = object.__new__(type(optimizer))
     vars(trial).update(vars(optimizer))
     fresh: dict[str, Any] = {"params": [twin]}
     fresh |= {k: _own(v) for k, v in group.items() if k != "params"}
     vars(trial).update(state=defaultdict(dict), param_groups=[fresh])
+    # its hooks, which a step of a base class calls, belong to real steps
+    vars(trial).update({name: OrderedDict() for name in _HOOKS})
     step: Any = inspect.unwrap(type(optimizer).step)  # no hook sees it
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsekern.carry.transaction import Data
 from sparsekern.checkpoint.file import Content
 from sparsekern.errors import CheckpointError, SparseKernError
 from sparsekern.nn import SparseLayer
@@ -161,13 +162,19 @@ def _adopt(layer: SparseLayer, topology: Topology, undo: ExitStack) -> None:
     held = layer._held()
     if (held.nnzb, held.block) == (topology.nnzb, topology.block) and not layer._blank:
         return
-    old_block, old_values, old_grad = layer.block, layer.values.data, layer.values.grad
+    old_block, old_grad = layer.block, layer.values.grad
     old_buffers, old_blank = dict(layer._buffers), layer._blank
+    loads, new = layer._loads, layer.values.detach()
+    if layer.dense_mask is None:
+        new = new.new_zeros(topology.values_shape)
+    values = Data(layer.values, new)
+    put_back = values.saved()
 
     def restore() -> None:
-        layer.block, layer._blank = old_block, old_blank
+        layer.block, layer._blank, layer._loads = old_block, old_blank, loads
         layer._buffers.update(old_buffers)
-        layer.values.data, layer.values.grad = old_values, old_grad
+        put_back()
+        layer.values.grad = old_grad
         layer._topology = None
 
     undo.callback(restore)
@@ -177,10 +184,10 @@ def _adopt(layer: SparseLayer, topology: Topology, undo: ExitStack) -> None:
     for name in ARRAY_NAMES:
         layer._buffers[name] = getattr(moved, name)
     layer.values.grad = None
-    if layer.dense_mask is None:
-        layer.values.data = old_values.new_zeros(topology.values_shape)
-    else:
+    values.write()
+    if layer.dense_mask is not None:
         layer._buffers["dense_mask"] = moved.to_mask()
+    layer._loads += 1
     layer._trust()
 
 

@@ -207,6 +207,7 @@ def _check_names(model: nn.Module, state: dict[str, Any], *, strict: bool) -> No
 def _kept(model: nn.Module) -> Any:
     """A function that puts the tensors of a model back to what they are now."""
     held = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    loads = [(layer, layer._loads) for layer in sparse_layers(model).values()]
     plain = [
         (module, module.get_extra_state())
         for module in model.modules()
@@ -217,6 +218,8 @@ def _kept(model: nn.Module) -> Any:
         with torch.no_grad():
             for tensor, was in held:
                 tensor.copy_(was)
+        for layer, times in loads:
+            layer._loads = times
         for module, state in plain:
             module.set_extra_state(state)
 

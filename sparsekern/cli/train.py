@@ -17,6 +17,7 @@ from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import ConfigError
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.dispatch import BACKENDS
+from sparsekern.show import output_files
 from sparsekern.show.progress import Progress
 from sparsekern.swap import sparse_layers
 from sparsekern.training import picture, report
@@ -158,11 +159,13 @@ def run(arguments: argparse.Namespace) -> None:
     comparison = _compare(config, data, methods, quiet=arguments.quiet)
     sys.stdout.write("\n" + report.table(comparison) + "\n")
     if arguments.json:
-        report.write_json(comparison, arguments.json)
+        with output_files.explained("json", arguments.json):
+            report.write_json(comparison, arguments.json)
         sys.stdout.write(f"Results as JSON: {arguments.json}\n")
     if arguments.picture and isinstance(data, Images):
         drawn = _drawn_method(methods)
-        picture.draw(comparison.results[drawn], data.average, arguments.picture, facts)
+        with output_files.explained("picture", arguments.picture):
+            picture.draw(comparison.results[drawn], data.average, arguments.picture, facts)
         sys.stdout.write(f"Picture of {drawn}: {arguments.picture}\n")
 
 
@@ -170,9 +173,7 @@ def _check(
     config: TrainConfig, data: Dataset, methods: Sequence[str], arguments: argparse.Namespace
 ) -> str:
     """Find what can't work before hours of training; returns a line on what will be trained."""
-    for name, path in (("json", arguments.json), ("picture", arguments.picture)):
-        if path and (path.is_dir() or not path.resolve().parent.is_dir()):
-            raise ConfigError(f"`{name}` must be a file in an existing folder; got {str(path)!r}")
+    output_files.check({"json": arguments.json, "picture": arguments.picture})
     if arguments.picture:
         picture.check_available()
     total_steps(config, data)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
-from sparsekern.carry.optimizer_state import check_followable, check_state
+from sparsekern.carry.optimizer_state import check_followable, check_state, moving_state
 from sparsekern.carry.transaction import Append, Attribute, Write
 from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
@@ -109,7 +109,8 @@ class Method(Loop):
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
         optimizers = _optimizers(optimizer)
         self.layers = _layers_to_train(model, optimizers)
-        self._held = set(self.trained_layers())
+        self._loads = {name: layer._loads for name, layer in self.layers.items()}
+        self._held = {name: m.values for name, m in self.trained_layers().items()}
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
@@ -242,10 +243,36 @@ class Method(Loop):
 
     def _takes_part(self) -> bool:
         layers = self.trained_layers()
-        for name in layers.keys() - self._held:  # unfrozen since
-            check_holds(self.optimizers, name, layers[name].values)
-            self._held.add(name)
+        for name in layers:
+            self._check_held(name)
         return bool(layers)
+
+    def _check_held(self, name: str) -> None:
+        values = self.layers[name].values
+        if self._held.get(name) is not values:  # unfrozen since, or another parameter
+            check_holds(self.optimizers, name, values)
+            self._held[name] = values
+
+    def _check_loads(self, with_state: bool) -> None:
+        """Say that optimizer state belongs to connections that a load has replaced."""
+        loads = {name: layer._loads for name, layer in self.layers.items()}
+        if loads == self._loads:
+            return
+        changed = {n: m for n, m in self.layers.items() if loads[n] != self._loads[n]}
+        for name in changed.keys() & self.trained_layers().keys():
+            self._check_held(name)
+        late = [
+            name
+            for name, layer in changed.items()
+            if not with_state and moving_state(self.optimizers, name, layer.values)
+        ]
+        self._loads = loads
+        if late:
+            log.warning(
+                "other connections were loaded into %s, but no optimizer state: what the optimizer "
+                "holds belongs to the old ones; load its state too, or build it anew",
+                late,
+            )
 
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsekern.carry.transaction import Attribute, Item, Write
+from sparsekern.carry.transaction import Attribute, Call, Item, Write
 from sparsekern.carry.wrappers import has_hooks, parameters, unwrapped
 from sparsekern.errors import ConfigError
 from sparsekern.methods import progress
@@ -61,8 +62,10 @@ class Loop:
         self._moving = False  # that step changes weights
         self._round: list[torch.optim.Optimizer] = []  # who has stepped in it
         self._moved = False  # a step of this round did
+        self._spent = False  # an update of this round spent the gradients
         self._warned = False  # that none of the passes was followed by a step
         self._passed = False  # there was a backward pass since the last step
+        self._state_loaded = False  # an optimizer's was, since then
 
     # ---- for the subclass
 
@@ -85,6 +88,9 @@ class Loop:
     def _weights(self) -> Iterable[nn.Parameter]:
         """The parameters that a backward pass of the model reaches."""
         raise NotImplementedError
+
+    def _check_loads(self, with_state: bool) -> None:
+        """Called before each step: whether an optimizer's state was loaded since the last one."""
 
     # ---- for the training loop
 
@@ -144,7 +150,14 @@ class Loop:
         if self.step_on_update:
             return []
         own = {id(p): p for chain in self._chains for p in parameters(chain) if p.grad is not None}
-        return [Attribute(parameter, "grad", None) for parameter in own.values()]
+        writes: list[Write] = [Attribute(p, "grad", None) for p in own.values()]
+        stepping = self._stepping
+        if stepping is None:
+            return writes
+        # those that step later keep gradients of zero until then: GradScaler wants to see some
+        later = [c for c in self._chains if c[-1] is not stepping]
+        kept = {id(p): p for chain in later for p in parameters(chain) if id(p) in own}
+        return [*writes, *(Call(partial(_zero_gradient, p)) for p in kept.values())]
 
     # ---- attaching
 
@@ -195,7 +208,7 @@ class Loop:
         own: dict[str, Any] = {"_hooks": [], "_passes": None, "_outermost": None, "_stepping": None}
         # a round that has begun counts: the copy begins another one
         own |= {"weight_steps": self.weight_steps + self._moved, "_round": [], "_moved": False}
-        return self.__dict__ | own | {"_attach_again": self.attached}
+        return self.__dict__ | own | {"_spent": False, "_attach_again": self.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attach = state.pop("_attach_again")
@@ -215,12 +228,19 @@ class Loop:
         if optimizer is not chain[-1]:
             return None
         self._stepping, self._moving = optimizer, False
+        self._check_loads(self._state_loaded)
+        self._state_loaded = False
         run = run_closure(args, kwargs)
         if self._passed or any(optimizer is other for other in self._round):
             self._close_round()
+        spent = self._spent
+        if spent:
+            for parameter in parameters(chain):
+                parameter.grad = None
         moving = changes_weights(chain, self._passed)
         self._passed = False
-        spent = moving and not self._moved and self.step()
+        if moving and not self._moved and self.step():
+            spent = self._spent = True
         self._moving = moving and not spent
         if run is None:
             return None
@@ -249,7 +269,7 @@ class Loop:
             return
         self.weight_steps += self._moved
         self._round.clear()
-        self._moved = False
+        self._moved = self._spent = False
         self._watch(self.due)
         self._publish()
 
@@ -305,6 +325,7 @@ class Loop:
             progress.decode(found)
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
+        self._state_loaded = True
         found = progress.in_group(optimizer.param_groups)
         if found is None:
             self._say_nothing_found("the optimizer state that was loaded holds no method's state")
@@ -316,7 +337,7 @@ class Loop:
         self.weight_steps, self.last_update = found.weight_steps, found.last_update
         self.history = found.history or []
         self._round.clear()
-        self._moved = False
+        self._moved = self._spent = False
         self._watch(self.due)
 
     def _late(self) -> int:
@@ -329,6 +350,10 @@ class Loop:
             type(self).__name__,
             self.weight_steps,
         )
+
+
+def _zero_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = torch.zeros_like(parameter)
 
 
 def _has_stepped(chain: tuple[torch.optim.Optimizer, ...]) -> bool:

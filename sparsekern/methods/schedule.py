@@ -97,13 +97,14 @@ def resolve_end(
         )
     if total_steps is not None:
         _check_int("total_steps", total_steps, 1)
-    if type(t_end) is not float:
+    if not isinstance(t_end, float):
         if total_steps is not None:
             raise ConfigError(
                 f"`total_steps` goes with a `t_end` that is a float in (0, 1]; got {t_end!r}"
             )
         _check_int("t_end", t_end, 1)
         return int(t_end)
+    t_end = float(t_end)  # NumPy's too
     if not 0 < t_end <= 1:
         raise ConfigError(
             f"`t_end` must lie in (0, 1] if it is a float, a share of `total_steps`, "

@@ -91,6 +91,13 @@ def is_averaged(layer: HeldTopology) -> bool:
     return layer in _scan.layers
 
 
+def source_of(twin: HeldTopology) -> HeldTopology | None:
+    """The layer whose weights a copy averages: the nearest it descends from that is no average."""
+    origin = twin._origin
+    found = origin.ancestors() if origin is not None else ()
+    return next((layer for layer in found if not is_averaged(layer)), None)
+
+
 def held_layers(model: Any) -> dict[HeldTopology, str]:
     """Layers of a model with their names; unlike `named_modules`, it mends none on its way."""
     found: dict[HeldTopology, str] = {}
@@ -151,7 +158,7 @@ def mend(layer: HeldTopology) -> bool:
 
 
 class LeftBehind(NamedTuple):
-    """What an average's layer missed: an update of a layer with the same connections.
+    """What an average's layer missed: an update of a layer with the same connections, or a load.
 
     Attributes:
         layer: the one that was updated, held weakly.
@@ -174,6 +181,20 @@ def check_not_left(layer: HeldTopology) -> None:
             "its values mix weights of different connections; build the average from the model "
             "that it is updated from, or call method.follow(average) before"
         )
+
+
+def leave_behind(layer: HeldTopology, era: Era) -> None:
+    """Take note of averages of a layer that was given other connections, without them, by a load.
+
+    Args:
+        layer: the model's.
+        era: that it was in before.
+    """
+    for average in averages() if layer._related else ():
+        for twin in held_layers(averaged_model(average)):
+            # a first update copies the whole model
+            if twin._era is era and source_of(twin) is layer and times_averaged(average):
+                twin._left = LeftBehind(weakref.ref(layer), era)
 
 
 def is_known(layer: HeldTopology) -> bool:

@@ -7,6 +7,7 @@ written to; see `sparsekern.topology.known`. Only what this library writes itsel
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, Self
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsekern.errors import TopologyError
+from sparsekern.errors import TopologyError, WeightError
 from sparsekern.nn import averaged, lineage, saved_state
 from sparsekern.nn.lineage import Era, Origin
 from sparsekern.topology import ARRAY_NAMES, DERIVED_NAMES, STORED_NAMES, Topology
 from sparsekern.topology.known import forget, is_tracked, menders, vouch
 
+_PARAMETRIZE = "torch.nn.utils.parametrize"
 _LEFT = "_sparsekern_arrays_stay"  # mark of a DDP module that broadcasts no index arrays
 
 
@@ -46,6 +48,7 @@ class HeldTopology(nn.Module):
     _origin: Origin | None = None  # of a copy
     _related = False  # whether it is a copy, or was copied
     _left: averaged.LeftBehind | None = None
+    _loads = 0  # how often a load gave it other connections or parameters
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -160,6 +163,22 @@ class HeldTopology(nn.Module):
 
     # ---- torch plumbing
 
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute, unless it is a part of the topology or is to be parametrized."""
+        if name in ARRAY_NAMES:
+            raise TopologyError(
+                f"`{name}` can't be deleted, replaced or parametrized: it is a part of the "
+                f"layer's topology"
+            )
+        # FSDP deletes it too, and puts a view in its place
+        if name == "values" and sys._getframe(1).f_globals.get("__name__") == _PARAMETRIZE:
+            raise WeightError(
+                "`values` of a sparse layer can't be parametrized: a topology update writes to the "
+                "parameter itself, and torch keeps parametrizations in a ModuleDict, which has a "
+                "method of that name"
+            )
+        super().__delattr__(name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, but never cast the index arrays, as `Module.type` would.
 
@@ -216,12 +235,18 @@ class HeldTopology(nn.Module):
         """Refuse what does not fit before anything is copied; see `saved_state`."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         incoming = saved_state.prepare(self, state_dict, prefix, assign=assign)
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._let_go()
+        same, era = incoming is None or self._stores(incoming), self._era
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        if incoming is not None and all(map(_holds, self._stored(), (incoming.crow, incoming.col))):
+        if incoming is not None and self._stores(incoming):
             self._derive(incoming, assign=assign)
         if incoming is not None:
             self._left = None
             lineage.join_era(self)
+        self._loads += not same or assign
+        if not same:
+            averaged.leave_behind(self, era)
         mask = self.dense_mask
         if mask is not None and (incoming is not None or not self._blank):
             held = self.topology.to_mask()
@@ -230,8 +255,16 @@ class HeldTopology(nn.Module):
             else:
                 mask.copy_(held)
 
-    def _stored(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in STORED_NAMES)
+    def _let_go(self) -> None:
+        """Know nothing of the buffers: torch swaps no tensors that something refers to weakly."""
+        for topology in (self._topology, self._held()):
+            if topology is not None:
+                forget(topology)
+        self._topology = None
+
+    def _stores(self, topology: Topology) -> bool:
+        """Whether the arrays that a state_dict holds are a topology's."""
+        return all(_holds(getattr(self, n), getattr(topology, n)) for n in STORED_NAMES)
 
     def _derive(self, topology: Topology, *, assign: bool) -> None:
         """Fill the index arrays that follow from `crow` and `col`, which were loaded."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
@@ -35,15 +35,11 @@ class Era:
 
 
 class Origin:
-    """The layer that a copy was made of, held weakly, and that one's own origin.
-
-    Copies of one call of `copy.deepcopy` know of each other: a model's, and its average's.
-    """
+    """The layer that a copy was made of, held weakly, and that one's own origin."""
 
     def __init__(self, layer: HeldTopology | None = None) -> None:
         self._layer = None if layer is None else weakref.ref(layer)
         self._before = None if layer is None else layer._origin
-        self._call: object = None  # of deepcopy, that made the copy
 
     def ancestors(self) -> Iterator[HeldTopology]:
         """Those that are alive, nearest first."""
@@ -58,45 +54,17 @@ class Origin:
         """Whether the copy was made of this very layer."""
         return self._layer is not None and self._layer() is layer
 
-    def source(self, is_average: Callable[[HeldTopology], bool]) -> HeldTopology | None:
-        """The layer whose weights a copy averages: the nearest ancestor that is no average.
-
-        A copy of an average that was copied together with its model averages the model's copy.
-        """
-        parent = None if self._layer is None else self._layer()
-        if self._before is None or (parent is not None and not is_average(parent)):
-            return parent
-        older = [origin._layer for origin in self._before.chain()]
-        found = []
-        for layer in alive() if self._call is not None else ():
-            origin = layer._origin
-            if origin is not None and origin._call is self._call and not is_average(layer):
-                for distance, one in enumerate(origin.chain()):
-                    if one._layer is not None and one._layer in older:
-                        found.append((older.index(one._layer), distance, layer))
-                        break
-        if found:
-            return min(found, key=lambda item: item[:2])[2]
-        return self._before.source(is_average)
-
-    def is_near(self, source: HeldTopology) -> bool:
-        """Whether the copy was made of this layer, or of an average of what that was made of."""
-        made = source._origin
-        together = made is not None and self._call is not None and made._call is self._call
-        return together or self.is_of(source)
-
-    def chain(self) -> Iterator[Origin]:
-        """This one and those before it."""
-        at: Origin | None = self
-        while at is not None:
-            yield at
-            at = at._before
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
-        copied = Origin()
-        copied._layer, copied._before = self._layer, self._before
-        copied._call = memo.setdefault(id(Origin), object())
-        return copied
+        """Of an average that is copied after its model, in one go: the copied model's layer."""
+        source = (
+            None if self._before is None or self._before._layer is None else self._before._layer()
+        )
+        twin = memo.get(id(source))
+        if source is None or type(twin) is not type(source):
+            return self
+        made = Origin()
+        made._layer, made._before = weakref.ref(twin), self
+        return made
 
     def __reduce__(self) -> tuple[type[Origin], tuple[()]]:
         return Origin, ()

@@ -67,7 +67,7 @@ def check(files: Files) -> None:
     for name, path in files.items():
         if path is None:
             continue
-        with _explained(name, path):
+        with explained(name, path):
             if path.is_dir() or not path.parent.is_dir():
                 raise ConfigError(
                     f"`{name}` must be a file in an existing folder; got {str(path)!r}"
@@ -88,7 +88,7 @@ def write(report: Written, files: Files) -> list[Path]:
     written = []
     for name, path in files.items():
         if path is not None:
-            with _explained(name, path):
+            with explained(name, path):
                 write_whole(path, getattr(report, f"to_{name}")())
             written.append(path)
     return written
@@ -190,7 +190,8 @@ def _is_special(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(name: str, path: Path) -> Iterator[None]:
+def explained(name: str, path: Path) -> Iterator[None]:
+    """Turn an `OSError` of writing `path` into a `ConfigError` about the option `name`."""
     try:
         yield
     except OSError as error:

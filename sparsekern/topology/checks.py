@@ -50,21 +50,26 @@ def check_array(name: str, array: object, col: object) -> None:
         raise TopologyError(f"`{name}` must be contiguous; got stride {array.stride(0)}")
 
 
+def checked_counts(name: str, offsets: Tensor, n: int, entries: int) -> Tensor:
+    """Entries of each of `n` rows, (n,) int64, if offsets run from 0 to `entries` upwards."""
+    if offsets.numel() != n + 1:
+        raise TopologyError(f"`{name}` must have {n + 1} entries; got {offsets.numel()}")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != entries:
+        raise TopologyError(
+            f"`{name}` must run from 0 to {entries}; got {int(offsets[0])} to {int(offsets[-1])}"
+        )
+    counts = offsets.long().diff()
+    if bool((counts < 0).any()):
+        raise TopologyError(f"`{name}` must not decrease")
+    return counts
+
+
 def check_compressed(
     offsets: Tensor, indices: Tensor, n: int, bound: int, names: tuple[str, str]
 ) -> None:
     """Check one compressed index pair: lengths, monotone offsets, indices ascending per row."""
     outer, inner = names
-    if offsets.numel() != n + 1:
-        raise TopologyError(f"`{outer}` must have {n + 1} entries; got {offsets.numel()}")
-    if int(offsets[0]) != 0 or int(offsets[-1]) != indices.numel():
-        raise TopologyError(
-            f"`{outer}` must run from 0 to {indices.numel()}; "
-            f"got {int(offsets[0])} to {int(offsets[-1])}"
-        )
-    counts = offsets.long().diff()
-    if bool((counts < 0).any()):
-        raise TopologyError(f"`{outer}` must not decrease")
+    counts = checked_counts(outer, offsets, n, indices.numel())
     if not indices.numel():
         return
     low, high = int(indices.min()), int(indices.max())

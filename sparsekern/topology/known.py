@@ -10,6 +10,7 @@ that is kept beside a `Topology` may depend on what its arrays hold.
 from __future__ import annotations
 
 import operator
+import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -21,6 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from sparsekern.topology.topology import Topology
+
+EACH_TIME = os.environ.get("SPARSEKERN_CHECK") == "1"
+"""Whether arrays are validated at each use, as if torch counted no writes; read at import."""
 
 _VERSION = operator.attrgetter("_version")
 
@@ -72,6 +76,10 @@ def versions_if_counted(arrays: Sequence[Tensor]) -> tuple[int, ...] | None:
 
 def is_tracked(arrays: Iterable[Tensor]) -> bool:
     """Whether these are real tensors whose writes torch counts; fake and meta ones are not."""
+    return not EACH_TIME and _are_counted(arrays)
+
+
+def _are_counted(arrays: Iterable[Tensor]) -> bool:
     return all(type(a) is Tensor and not a.is_meta and not a.is_inference() for a in arrays)
 
 
@@ -107,6 +115,8 @@ def prove(topology: Topology) -> Known | None:
         TopologyError: naming the array and what is wrong with it.
     """
     if not is_tracked(topology.arrays):
+        if EACH_TIME and _are_counted(topology.arrays) and not torch.compiler.is_compiling():
+            topology.validate()
         return None
     unproven = _proof_of(topology.arrays, topology.layout) is None
     if unproven and not any(mend(topology) for mend in menders):

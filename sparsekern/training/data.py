@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import ConfigError, DataError, UnavailableError
-from sparsekern.training.idx import read_idx
+from sparsekern.training.idx import read_at_most, read_idx
 
 DATASETS = ("digits", "fashion-mnist", "text")
 """Names that `load` knows."""
@@ -25,6 +25,9 @@ BYTES = 256
 
 HELD_OUT_SHARE = 0.1
 """Of a text: its end."""
+
+MOST_TEXT = 1 << 31
+"""Bytes of a text, which is held in memory."""
 
 _IDX_FILES = {
     "train_images": ("train-images-idx3-ubyte", 3),
@@ -205,12 +208,16 @@ def load_text(path: Path, seq_len: int) -> Text:
     """Read a file as bytes; its end, `HELD_OUT_SHARE` of it, is held out.
 
     Raises:
-        DataError: it can't be read, or is too short for a sequence of each part.
+        DataError: it can't be read, is too short for a sequence of each part, or longer than
+            `MOST_TEXT`.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = read_at_most(file, MOST_TEXT + 1)
     except OSError as error:
         raise DataError(f"{path}: expected a readable text file; got: {error}") from error
+    if len(content) > MOST_TEXT:
+        raise DataError(f"{path}: expected at most {MOST_TEXT:,} bytes; got more")
     held_out = int(HELD_OUT_SHARE * len(content))
     if held_out < seq_len + 1:
         needed = math.ceil((seq_len + 1) / HELD_OUT_SHARE)
@@ -218,7 +225,7 @@ def load_text(path: Path, seq_len: int) -> Text:
             f"{path}: expected at least {needed:,} bytes for sequences of {seq_len}; "
             f"got {len(content):,}"
         )
-    text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    text = torch.frombuffer(content, dtype=torch.uint8)
     parts = text[: len(text) - held_out], text[len(text) - held_out :]
     (train_x, train_y), (test_x, test_y) = (_sequences(part, seq_len) for part in parts)
     return Text(

@@ -15,6 +15,9 @@ from sparsekern.errors import DataError
 _UINT8 = 0x08
 _CHUNK = 1 << 20
 
+MOST_BYTES = 1 << 29
+"""Of the data in a file, unpacked: ten times those of MNIST. A small .gz may hold any number."""
+
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
     """Read an IDX file of unsigned bytes, gzipped if its name ends in .gz.
@@ -27,19 +30,20 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
         A uint8 array, at least one element in each dimension.
 
     Raises:
-        DataError: it can't be read, its magic number is another, or its length does not fit.
+        DataError: it can't be read, its magic number is another, its sizes make more than
+            `MOST_BYTES`, or its length does not fit.
     """
     try:
         # zlib checks its sums at the end only, so a body too long or too short is named first
         with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
             shape = _read_header(file, path, dims)
-            body = _read_at_most(file, math.prod(shape) + 1)
+            body = read_at_most(file, math.prod(shape) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: expected a readable IDX file; got: {error}") from error
     if len(body) != math.prod(shape):
         got = f"{len(body):,}" if len(body) < math.prod(shape) else "more"
         raise DataError(f"{path}: expected {math.prod(shape):,} bytes of data {shape}; got {got}")
-    return np.frombuffer(bytearray(body), dtype=np.uint8).reshape(shape)
+    return np.frombuffer(body, dtype=np.uint8).reshape(shape)
 
 
 def _read_header(file: BinaryIO, path: Path, dims: int) -> tuple[int, ...]:
@@ -56,13 +60,17 @@ def _read_header(file: BinaryIO, path: Path, dims: int) -> tuple[int, ...]:
     shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4", offset=4))
     if min(shape) < 1:
         raise DataError(f"{path}: expected positive sizes; got {shape}")
+    if math.prod(shape) > MOST_BYTES:
+        raise DataError(
+            f"{path}: expected at most {MOST_BYTES:,} bytes of data; got sizes {shape}, "
+            f"which make {math.prod(shape):,}"
+        )
     return shape
 
 
-def _read_at_most(file: BinaryIO, size: int) -> bytes:
+def read_at_most(file: BinaryIO, size: int) -> bytearray:
     """Read up to `size` bytes, allocating no more than what is there: headers may lie."""
-    chunks, left = [], size
-    while left and (chunk := file.read(min(left, _CHUNK))):
-        chunks.append(chunk)
-        left -= len(chunk)
-    return b"".join(chunks)
+    content = bytearray()
+    while len(content) < size and (chunk := file.read(min(size - len(content), _CHUNK))):
+        content += chunk
+    return content

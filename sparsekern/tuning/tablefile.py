@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsekern.errors import ConfigError
 from sparsekern.kernels.tables import Config, Key, read
-from sparsekern.show.output_files import write_whole
+from sparsekern.show.output_files import check, explained, write_whole
 from sparsekern.tuning.problems import Problem
 
 
@@ -50,8 +50,7 @@ class TableFile:
             ConfigError: `path` can't be written, or holds something else than a table that was
                 measured on the same machine and versions.
         """
-        if path.is_dir() or not path.resolve().parent.is_dir():
-            raise ConfigError(f"`out` must be a file in an existing folder; got {str(path)!r}")
+        check({"out": path})
         if not path.exists():
             return TableFile(path, machine, {}, {})
         try:
@@ -98,7 +97,8 @@ class TableFile:
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
         lines += _section("entries", dict(rows), ",")
         lines += _section("measured", dict(sorted(self.measured.items())), "")
-        write_whole(self.path, "\n".join(["{", *lines, "}"]) + "\n")
+        with explained("out", self.path):
+            write_whole(self.path, "\n".join(["{", *lines, "}"]) + "\n")
 
 
 def _section(name: str, rows: Mapping[str, Any], end: str) -> list[str]:

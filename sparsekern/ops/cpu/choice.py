@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,8 @@ _COMPUTE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+_ENVIRON: Any = os.environ
+_KEY = _ENVIRON.encodekey("SPARSEKERN_CPU")
 _forced: ContextVar[str | None] = ContextVar("sparsekern_cpu_backend", default=None)
 
 
@@ -116,7 +118,13 @@ def _rule(edge: int) -> str:
 
 
 def _named() -> str | None:
-    return _forced.get() or os.environ.get("SPARSEKERN_CPU")
+    return _forced.get() or _environment()
+
+
+def _environment() -> str | None:
+    """`SPARSEKERN_CPU` as it is now: `os.environ.get` encodes the name each time, for 1 us."""
+    found = _ENVIRON._data.get(_KEY)
+    return None if found is None else _ENVIRON.decodevalue(found)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
