@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 from average_cases import Run
-from machine import Interrupted, interrupted, violation
+from machine import Interrupted, interrupted
+from machine_runs import violation
 
 OPERATIONS = int(os.environ.get("SPARSEKERN_OPERATIONS", "150"))
 EACH = 30
