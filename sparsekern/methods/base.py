@@ -301,7 +301,8 @@ class Method(Loop):
 
         def record(changes: dict[str, LayerChange]) -> list[Write]:
             done: list[Write] = [Append(self.history, UpdateRecord(step, fraction, changes))]
-            return [*done, Attribute(self, "last_update", step), *self._spending()]
+            done += [Attribute(self, "last_update", step), *self._publishing(step)]
+            return done + self._spending()
 
         change(self.layers, decisions, self.optimizers, twins, record)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsekern.carry.transaction import Attribute, Call, Write
+from sparsekern.carry.transaction import Attribute, Call, Item, Write
 from sparsekern.carry.wrappers import has_hooks, parameters, unwrapped
 from sparsekern.errors import ConfigError
 from sparsekern.methods import progress
@@ -206,7 +206,9 @@ class Loop:
     def __getstate__(self) -> dict[str, Any]:
         # hooks belong to one optimizer; a copy hangs its own on the copied one
         own: dict[str, Any] = {"_hooks": [], "_passes": None, "_outermost": None, "_stepping": None}
-        return self.__dict__ | own | {"_round": [], "_spent": False, "_attach_again": self.attached}
+        # a round that has begun counts: the copy begins another one
+        own |= {"weight_steps": self.weight_steps + self._moved, "_round": [], "_moved": False}
+        return self.__dict__ | own | {"_spent": False, "_attach_again": self.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attach = state.pop("_attach_again")
@@ -256,6 +258,7 @@ class Loop:
         self._stop_counting(for_good=len(self._chains) == 1)
         self._round.append(stepped)
         self._moved |= self._moving
+        self._publish()
         if len(self._round) == len(self._chains):
             if self._moved and self.step_on_update:
                 self._update_if_due()
@@ -303,12 +306,15 @@ class Loop:
         return Progress(self.weight_steps + self._moved, self.last_update, self.history)
 
     def _publish(self) -> None:
-        if not self.attached:
-            return
-        now = self._progress()
-        for chain in self._chains:
-            for optimizer in chain:
-                optimizer.param_groups[0][progress.ENTRY] = progress.short(now)
+        for write in self._publishing(self.last_update):
+            write.write()
+
+    def _publishing(self, last_update: int | None) -> list[Item]:
+        """What tells the optimizers of the last update."""
+        now = progress.short(self._progress()._replace(last_update=last_update))
+        chains = self._chains if self.attached else ()
+        groups = [optimizer.param_groups[0] for chain in chains for optimizer in chain]
+        return [Item(group, progress.ENTRY, dict(now)) for group in groups]
 
     def _save(self, _optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         state["param_groups"][0][progress.ENTRY] = progress.entry(self._progress())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -219,10 +220,11 @@ def _is_sound(layer: HeldTopology) -> bool:
 
 
 def _containers() -> list[Any]:
-    objects = gc.get_objects()
-    kinds = {id(kind): kind for kind in map(type, objects)}
-    places = {key for key, kind in kinds.items() if place_of(kind) is not None}
-    return [o for o in objects if id(type(o)) in places]
+    objects = gc.get_objects()  # a great many, so nothing below is a loop of Python's
+    kinds = list(map(type, objects))
+    ids = list(map(id, kinds))
+    places = {key for key, kind in dict(zip(ids, kinds, strict=True)).items() if place_of(kind)}
+    return list(compress(objects, map(places.__contains__, ids)))
 
 
 def _mend_arrays(topology: Topology) -> bool:
