@@ -2,7 +2,12 @@
 
 from typing import NamedTuple
 
-__all__ = ["ARCHES", "PARTS", "why_not"]
+__all__ = ["ARCHES", "PARTS", "TableError", "why_not"]
+
+
+class TableError(ValueError):
+    """A launch table is damaged, or an entry of it holds what no kernel can have."""
+
 
 ARCHES = ("sm80", "sm90", "sm100")
 """Architecture classes; see `launch`."""

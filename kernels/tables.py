@@ -30,8 +30,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsekern.errors import ConfigError
 from sparsekern.kernels import domains
+from sparsekern.kernels.domains import TableError
 
 __all__ = [
     "CONFIGS",
@@ -45,6 +45,7 @@ __all__ = [
     "RingConfig",
     "SddmmConfig",
     "SpmmConfig",
+    "TableError",
     "also_forget",
     "find",
     "optional",
@@ -77,20 +78,18 @@ class Key(NamedTuple):
         """Inverse of `str`.
 
         Raises:
-            ConfigError: it is no key.
+            TableError: it is no key.
         """
         parts = text.split("/")
         if len(parts) != len(Key._fields) or parts[0] not in _KNOWN:
-            raise ConfigError(
+            raise TableError(
                 f"a launch key must read op/kind/edge/rows/loads with op one of "
                 f"{sorted(_KNOWN)}; got {_short(text)}"
             )
         key = Key(*parts)
         for name, allowed in domains.PARTS.items():
             if getattr(key, name) not in allowed:
-                raise ConfigError(
-                    f"{name} of a launch key must be in {allowed}; got {_short(text)}"
-                )
+                raise TableError(f"{name} of a launch key must be in {allowed}; got {_short(text)}")
         return key
 
 
@@ -190,20 +189,20 @@ def read(path: str | Path) -> tuple[str, dict[Key, Config]]:
     """Architecture class and entries of a table file.
 
     Raises:
-        ConfigError: it is not a launch table, or an entry has other fields than its operation, or
+        TableError: it is not a launch table, or an entry has other fields than its operation, or
             a field a value that no kernel can have. It names the file and the entry.
     """
     try:
         data = _parsed(Path(path))
         arch, entries = data["arch"], data["entries"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not a launch table: {_short(error)}") from None
+        raise TableError(f"{path} is not a launch table: {_short(error)}") from None
     if arch not in domains.ARCHES:
-        raise ConfigError(f"{path}: arch must be one of {domains.ARCHES}; got {_short(arch)}")
+        raise TableError(f"{path}: arch must be one of {domains.ARCHES}; got {_short(arch)}")
     try:
         return arch, {Key.parse(text): _config(text, fields) for text, fields in entries}
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except TableError as error:
+        raise TableError(f"{path}: {error}") from None
 
 
 def _parsed(path: Path) -> Any:
@@ -231,13 +230,13 @@ def _refused(number: str) -> None:
 def _config(text: str, fields: object) -> Config:
     kind: type[Any] = _KNOWN[Key.parse(text).op]
     if not isinstance(fields, dict) or set(fields) != set(kind._fields):
-        raise ConfigError(
+        raise TableError(
             f"entry {text!r} must have the fields {kind._fields}; got {_short(fields)}"
         )
     for name, value in fields.items():
         expected = domains.why_not(name, value)
         if expected:
-            raise ConfigError(f"entry {text!r}: {name} must be {expected}; got {_short(value)}")
+            raise TableError(f"entry {text!r}: {name} must be {expected}; got {_short(value)}")
     config: Config = kind(**fields)
     return config
 
@@ -252,14 +251,14 @@ def table(arch: str) -> dict[Key, Config]:
     """The shipped table of an architecture class, with the user's entries on top.
 
     Raises:
-        ConfigError: see `read`; or the user's table is one for another class.
+        TableError: see `read`; or the user's table is one for another class.
     """
     entries = read(_FOLDER / f"{arch}.json")[1]
     path = os.environ.get(ENVIRONMENT)
     if path:
         user_arch, user = read(path)
         if user_arch != arch:
-            raise ConfigError(f"{ENVIRONMENT}={path} is a table for {user_arch}; expected {arch}")
+            raise TableError(f"{ENVIRONMENT}={path} is a table for {user_arch}; expected {arch}")
         entries |= user
     return entries
 

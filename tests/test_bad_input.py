@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import sparsekern as sk
-from sparsekern.errors import SparseKernError, TopologyError, WeightError
+from sparsekern.errors import ShapeError, SparseKernError, TopologyError, WeightError
 from sparsekern.topology import ARRAY_NAMES, Topology
 
 every = pytest.mark.parametrize("name", LAYERS)
@@ -93,45 +93,58 @@ def test_block_rows_of_offsets_that_lead_nowhere(at, value, told):
 
 GARBAGE = [None, 5, "x", [1, 2], {"a": 1}, float("nan"), object()]
 CALLS = {
-    "mask": lambda g: Topology.from_mask(g),
-    "positions": lambda g: Topology.from_positions(g, (4, 4)),
-    "positions-shape": lambda g: Topology.from_positions(torch.tensor([1]), g),
-    "torch": lambda g: Topology.from_torch(g),
-    "random-shape": lambda g: Topology.random(g, sparsity=0.5),
-    "random-block": lambda g: Topology.random((8, 8), g, sparsity=0.5),
-    "random-sparsity": lambda g: Topology.random((8, 8), sparsity=g),
-    "linear-inputs": lambda g: sk.SparseLinear(g, 8, sparsity=0.5),
-    "linear-outputs": lambda g: sk.SparseLinear(8, g, sparsity=0.5),
-    "linear-block": lambda g: sk.SparseLinear(8, 8, sparsity=0.5, block=g),
-    "linear-sparsity": lambda g: sk.SparseLinear(8, 8, sparsity=g),
-    "linear-dtype": lambda g: sk.SparseLinear(8, 8, sparsity=0.5, dtype=g),
-    "linear-impl": lambda g: sk.SparseLinear(8, 8, sparsity=0.5, impl=g),
-    "conv-kernel": lambda g: sk.SparseConv2d(8, 8, g, sparsity=0.5),
-    "conv-stride": lambda g: sk.SparseConv2d(8, 8, 3, stride=g, sparsity=0.5),
-    "conv-groups": lambda g: sk.SparseConv2d(8, 8, 3, groups=g, sparsity=0.5),
-    "gru-hidden": lambda g: sk.SparseGRU(8, g, sparsity=0.5),
-    "gru-layers": lambda g: sk.SparseGRU(8, 8, num_layers=g, sparsity=0.5),
-    "from-dense": lambda g: sk.SparseLinear.from_dense(g),
-    "sparsify": lambda g: sk.sparsify_(g, 0.5),
-    "sparsify-sparsity": lambda g: sk.sparsify_(nn.Sequential(nn.Linear(8, 8)), g),
-    "sparsify-block": lambda g: sk.sparsify_(nn.Sequential(nn.Linear(8, 8)), 0.5, block=g),
-    "densify": lambda g: sk.densify_(g),
-    "call": lambda g: sk.SparseLinear(8, 8, sparsity=0.5)(g),
-    "values": lambda g: sk.SparseLinear(8, 8, sparsity=0.5).set_active_values(g),
-    "rigl-model": lambda g: sk.RigL(g, torch.optim.SGD([torch.ones(1)]), t_end=5),
-    "rigl-optimizer": lambda g: sk.RigL(nn.Sequential(sk.SparseLinear(8, 8, sparsity=0.5)), g),
+    # call: (what is given, which of the garbage means something there)
+    "mask": (lambda g: Topology.from_mask(g), ()),
+    "positions": (lambda g: Topology.from_positions(g, (4, 4)), ()),
+    "positions-shape": (lambda g: Topology.from_positions(torch.tensor([1]), g), (3,)),
+    "torch": (lambda g: Topology.from_torch(g), ()),
+    "random-shape": (lambda g: Topology.random(g, sparsity=0.5), (3,)),
+    "random-block": (lambda g: Topology.random((8, 8), g, sparsity=0.5), (1, 3)),
+    "random-sparsity": (lambda g: Topology.random((8, 8), sparsity=g), ()),
+    "linear-inputs": (lambda g: sk.SparseLinear(g, 8, sparsity=0.5), (1,)),
+    "linear-outputs": (lambda g: sk.SparseLinear(8, g, sparsity=0.5), (1,)),
+    "linear-block": (lambda g: sk.SparseLinear(8, 8, sparsity=0.5, block=g), (1, 3)),
+    "linear-sparsity": (lambda g: sk.SparseLinear(8, 8, sparsity=g), ()),
+    "linear-dtype": (lambda g: sk.SparseLinear(8, 8, sparsity=0.5, dtype=g), (0,)),
+    "linear-impl": (lambda g: sk.SparseLinear(8, 8, sparsity=0.5, impl=g), (0,)),
+    "conv-kernel": (lambda g: sk.SparseConv2d(8, 8, g, sparsity=0.5), (1, 3)),
+    "conv-stride": (lambda g: sk.SparseConv2d(8, 8, 3, stride=g, sparsity=0.5), (1, 3)),
+    "conv-groups": (lambda g: sk.SparseConv2d(8, 8, 3, groups=g, sparsity=0.5), ()),
+    "gru-hidden": (lambda g: sk.SparseGRU(8, g, sparsity=0.5), (1,)),
+    "gru-layers": (lambda g: sk.SparseGRU(8, 8, num_layers=g, sparsity=0.5), (1,)),
+    "from-dense": (lambda g: sk.SparseLinear.from_dense(g), ()),
+    "sparsify": (lambda g: sk.sparsify_(g, 0.5), ()),
+    "sparsify-sparsity": (lambda g: sk.sparsify_(nn.Sequential(nn.Linear(8, 8)), g), ()),
+    "sparsify-block": (
+        lambda g: sk.sparsify_(nn.Sequential(nn.Linear(8, 8)), 0.5, block=g),
+        (1, 3),
+    ),
+    "densify": (lambda g: sk.densify_(g), ()),
+    "values": (lambda g: sk.SparseLinear(8, 8, sparsity=0.5).set_active_values(g), ()),
+    "rigl-model": (lambda g: sk.RigL(g, torch.optim.SGD([torch.ones(1)]), t_end=5), ()),
+    "rigl-optimizer": (
+        lambda g: sk.RigL(nn.Sequential(sk.SparseLinear(8, 8, sparsity=0.5)), g, t_end=5),
+        (),
+    ),
 }
-MEANT = {("linear-dtype", 0), ("linear-impl", 0), ("linear-outputs", 1), ("linear-inputs", 1)}
 
 
+@pytest.mark.parametrize("at", range(len(GARBAGE)))
 @pytest.mark.parametrize("call", CALLS)
-def test_garbage_is_refused_by_name(call):
-    for garbage in GARBAGE:
-        try:
-            CALLS[call](garbage)
-        except SparseKernError:
-            continue
-        except Exception as e:
-            print("BAD", call, repr(garbage)[:30], type(e).__name__, str(e)[:100])
-        else:
-            print("TOOK", call, repr(garbage)[:30])
+def test_garbage_is_refused_with_a_typed_error(call, at):
+    make, meant = CALLS[call]
+    if at in meant:
+        make(GARBAGE[at])
+        return
+    with pytest.raises(SparseKernError, match=r"`\w+`|must"):
+        make(GARBAGE[at])
+
+
+@every
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1)])
+def test_values_of_another_shape_are_not_spread(name, shape):
+    layer = held(made(name)[0])
+    before = layer.values.detach().clone()
+    with pytest.raises(ShapeError, match="`blocks` must have shape"):
+        layer.set_active_values(torch.zeros(shape))
+    assert torch.equal(layer.values, before)

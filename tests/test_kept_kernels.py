@@ -9,9 +9,9 @@ import pytest
 numba = pytest.importorskip("numba")
 
 PROGRAM = """
-from sparsekern.ops.cpu.jit import simd
+from {place} import jit
 
-@simd.jit
+@jit
 def total(n):
     s = 0
     for i in range(n):
@@ -20,11 +20,11 @@ def total(n):
 """
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, caplog):
+@pytest.fixture(params=["sparsekern.ops.cpu.jit.simd", "sparsekern.topology.compiled"])
+def run(request, tmp_path, monkeypatch, caplog):
     """Load a file with one kernel, as a new process would; (sum, whether it was kept, warnings)."""
     program, folder, count = tmp_path / "program.py", tmp_path / "kept", itertools.count()
-    program.write_text(PROGRAM)
+    program.write_text(PROGRAM.format(place=request.param))
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
     # the next best place; numba would write beside any user's files
     monkeypatch.setattr("numba.core.caching.UserWideCacheLocator.from_function", lambda *_: None)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sparsekern.errors import ConfigError
 from sparsekern.kernels import domains, tables
+from sparsekern.kernels.tables import TableError
 
 KEY = "spmm/half/64/long/tma"
 FIELDS = {"BM": 64, "BK": 64, "GROUP": 8, "SWAP": False, "num_warps": 4, "num_stages": 3}
@@ -49,7 +49,7 @@ def test_bad_tables_say_what_is_wrong(case, tmp_path):
     text, fragments = BAD_TABLES[case]
     path = tmp_path / "bad.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match=r"bad\.json") as caught:
+    with pytest.raises(TableError, match=r"bad\.json") as caught:
         tables.read(path)
     assert all(fragment in str(caught.value) for fragment in fragments)
 
@@ -70,7 +70,7 @@ BAD_VALUES = [
 def test_bad_values_name_file_entry_and_field(field, value, expected, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(table_of(FIELDS | {field: value}))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(TableError) as caught:
         tables.read(path)
     assert str(caught.value).startswith(f"{path}: entry {KEY!r}: {field} must be {expected}; got ")
     assert len(str(caught.value)) < 400
@@ -80,21 +80,21 @@ def test_bad_values_name_file_entry_and_field(field, value, expected, tmp_path):
 def test_what_is_no_number_in_json_is_none_in_a_table(number, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(table_of(FIELDS | {"BM": 777}).replace("777", number))
-    with pytest.raises(ConfigError, match=f"bad.json is not a launch table: .*{number}"):
+    with pytest.raises(TableError, match=f"bad.json is not a launch table: .*{number}"):
         tables.read(path)
 
 
 def test_a_nest_as_deep_as_json_reads_is_told_shortly(tmp_path):
     path, nest = tmp_path / "bad.json", "[" * 500 + "]" * 500
     path.write_text(table_of(FIELDS | {"BM": 777}).replace("777", nest))
-    with pytest.raises(ConfigError, match=r"BM must be .*\.\.\.") as caught:
+    with pytest.raises(TableError, match=r"BM must be .*\.\.\.") as caught:
         tables.read(path)
     assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["missing.json", "."])
 def test_a_table_that_can_not_be_read(name, tmp_path):
-    with pytest.raises(ConfigError, match="is not a launch table: .*(No such file|Is a directory)"):
+    with pytest.raises(TableError, match="is not a launch table: .*(No such file|Is a directory)"):
         tables.read(tmp_path / name)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
-from sparsekern.errors import DtypeError, TopologyError
+from sparsekern.errors import DtypeError, ShapeError, TopologyError
 from sparsekern.nn.held import HeldTopology
 from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
 from sparsekern.nn.view import WeightView, refuse_assignment
@@ -20,6 +20,7 @@ from sparsekern.ops.direct import any_autocast
 from sparsekern.ops.dispatch import check_impl, resolve
 from sparsekern.ops.library import is_traced
 from sparsekern.topology import Topology
+from sparsekern.topology.checks import check_tensor
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -42,8 +43,8 @@ class SparseLayer(HeldTopology):
 
     def __init__(self, topology: Topology, impl: str | None, dtype: torch.dtype | None) -> None:
         check_impl(impl)
-        dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise DtypeError(f"`dtype` must be a floating point type; got {dtype}")
         super().__init__(topology)
         self.impl = impl
@@ -120,7 +121,15 @@ class SparseLayer(HeldTopology):
     # ---- change
 
     def set_active_values(self, blocks: Tensor) -> None:
-        """Overwrite the active weights with `blocks` (nnzb, bh, bw), in place."""
+        """Overwrite the active weights with `blocks` (nnzb, bh, bw), in place.
+
+        Raises:
+            DtypeError, ShapeError: `blocks` is no tensor, or one of another shape.
+        """
+        check_tensor("blocks", blocks)
+        shape = self._held().values_shape
+        if blocks.shape != shape:
+            raise ShapeError(f"`blocks` must have shape {shape}; got {tuple(blocks.shape)}")
         with torch.no_grad():
             stored = blocks if self.dense_mask is None else self.topology.unpack(blocks)
             self.values.copy_(stored)

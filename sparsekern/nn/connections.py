@@ -9,6 +9,7 @@ from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.ops import block_norm
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block, active_count, check_sparsity
+from sparsekern.topology.checks import check_tensor
 
 
 def topology_of(
@@ -52,8 +53,7 @@ def check_topology(topology: object) -> None:
 
 def check_mask(mask: Tensor, weight: Tensor) -> None:
     """Raise unless `mask` is a tensor of the shape of the dense layer's `weight`."""
-    if not isinstance(mask, Tensor):
-        raise DtypeError(f"`mask` must be a tensor; got {type(mask).__name__}")
+    check_tensor("mask", mask)
     if mask.shape != weight.shape:
         raise ShapeError(
             f"`mask` must have the weight's shape {tuple(weight.shape)}; got {tuple(mask.shape)}"

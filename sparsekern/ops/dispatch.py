@@ -112,7 +112,7 @@ def backend(impl: str) -> FullBackend:
 
 def check_impl(impl: str | None) -> None:
     """Raise `ConfigError` unless `impl` is None or a known name."""
-    if impl is not None and impl not in BACKENDS:
+    if impl is not None and not (isinstance(impl, str) and impl in BACKENDS):
         raise ConfigError(f"`impl` must be None or one of {sorted(BACKENDS)}; got {impl!r}")
 
 

@@ -6,7 +6,13 @@ from torch import nn
 
 from sparsekern.carry.followers import follower_of
 from sparsekern.carry.resize import WRAPPERS
-from sparsekern.errors import ConfigError
+from sparsekern.errors import ConfigError, DtypeError
+
+
+def check_model(model: object) -> None:
+    """Raise `DtypeError` unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"`model` must be an nn.Module; got {type(model).__name__}")
 
 
 def check_unwrapped(model: nn.Module, verb: str) -> None:

@@ -19,7 +19,7 @@ from sparsekern.swap import record
 from sparsekern.swap.build import Drawing, Made, dense_layer, sparse_layer
 from sparsekern.swap.masks import by_masks, by_pruning
 from sparsekern.swap.patterns import Pattern
-from sparsekern.swap.refuse import check_unwrapped, follower_name, refuse_followed
+from sparsekern.swap.refuse import check_model, check_unwrapped, follower_name, refuse_followed
 from sparsekern.swap.replace import replace_all, staying
 from sparsekern.swap.shares import (
     Blocks,
@@ -168,10 +168,11 @@ def densify_(model: nn.Module) -> nn.Module:
     They take over hooks, attributes and flags, and hold the same bias Parameters.
 
     Raises:
-        DtypeError: `model` is itself a layer.
+        DtypeError: `model` is itself a layer, or no module.
         ConfigError: it is inside DistributedDataParallel or FSDP, or a layer has a method of its
             own. Whatever is raised, the model is as it was.
     """
+    check_model(model)
     kinds = tuple(SPARSE_TYPES.values())
     if isinstance(model, kinds):
         raise DtypeError("`model` must contain layers; a single one has `to_dense`")
@@ -191,7 +192,12 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The model's sparse layers by name, each once; of a recurrent layer, its matrices."""
+    """The model's sparse layers by name, each once; of a recurrent layer, its matrices.
+
+    Raises:
+        DtypeError: `model` is no module.
+    """
+    check_model(model)
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
 
 
@@ -199,6 +205,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 
 def _check(model: nn.Module, sparsity: float, init: str | None, impl: str | None) -> None:
+    check_model(model)
     check_sparsity(sparsity)
     check_impl(impl)
     if init not in INITS:

@@ -92,6 +92,8 @@ class Grid(NamedTuple):
             ShapeError: the block is larger than a part, or the parts do not divide the matrix.
         """
         bh, bw = as_block(block)
+        if not isinstance(shape, Sequence) or not all(hasattr(n, "__index__") for n in shape):
+            raise DtypeError(f"`shape` must be two ints; got {shape!r}")
         if len(shape) != 2 or min(shape) < 1:
             raise ShapeError(f"`shape` must be two positive sizes; got {tuple(shape)}")
         rows, cols = int(shape[0]), int(shape[1])

@@ -35,6 +35,12 @@ def check_topology(t: Topology, names: tuple[str, ...]) -> None:
             raise TopologyError(f"`{name}` does not follow from `crow` and `col`")
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise `DtypeError` unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"`{name}` must be a tensor; got {type(value).__name__}")
+
+
 def check_array(name: str, array: object, col: object) -> None:
     """What a kernel that walks the array takes for granted."""
     if not isinstance(array, Tensor) or not isinstance(col, Tensor):

@@ -5,16 +5,16 @@ by counting or merged where they are sorted already. Each does exactly what the 
 its caller does, ties and order included. Arrays are contiguous and 1-D; outputs are given.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sparsekern.topology.kept import jit
+
 ir = cgutils.ir
-F = TypeVar("F", bound=Callable[..., Any])
 
 CHUNK = 16
 """Scores that are compared with the threshold at once."""
@@ -22,15 +22,6 @@ _DIGIT = 12
 _DIGITS = 1 << _DIGIT
 _RADIX = 11
 _VECTOR_BYTES = 32
-
-
-def jit(function: F) -> F:
-    """Compile `function` without the GIL; cache on disk where a writable place is found."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return cast(F, njit(cache=True, **options)(function))
-    except RuntimeError:  # numba found no folder that it may write to
-        return cast(F, njit(**options)(function))
 
 
 # ---- selection

@@ -18,7 +18,13 @@ from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 from sparsekern.topology.build import arrays_at, contains
-from sparsekern.topology.checks import check_array, check_compressed, check_topology, checked_counts
+from sparsekern.topology.checks import (
+    check_array,
+    check_compressed,
+    check_tensor,
+    check_topology,
+    checked_counts,
+)
 from sparsekern.topology.known import Known, prove, versions_of, vouch
 from sparsekern.topology.native import loops
 
@@ -102,6 +108,7 @@ class Topology:
         Raises:
             TopologyError: a position is out of range, or they are not strictly ascending.
         """
+        check_tensor("positions", positions)
         # index arrays count who writes to them, which inference tensors do not
         with torch.inference_mode(False):
             grid = Grid.of(shape, block, groups, taps)
@@ -158,6 +165,7 @@ class Topology:
         Raises:
             ShapeError: `mask` is not 2-D, or a block edge is larger than it.
         """
+        check_tensor("mask", mask)
         if mask.dim() != 2:
             raise ShapeError(f"`mask` must be 2-D (rows, cols); got shape {tuple(mask.shape)}")
         grid = Grid.of(mask.shape, block, groups, taps)
@@ -176,6 +184,7 @@ class Topology:
             DtypeError: `tensor` has another layout.
             TopologyError: its indices are out of range, unordered or duplicated.
         """
+        check_tensor("tensor", tensor)
         if tensor.layout not in (torch.sparse_csr, torch.sparse_bsr):
             raise DtypeError(
                 f"`tensor` must be a torch.sparse_csr or sparse_bsr matrix; got {tensor.layout}"

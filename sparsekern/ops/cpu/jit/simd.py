@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from sparsekern.ops.cpu.jit.kept import keep_checked
+from sparsekern.topology import kept
 
 ir = cgutils.ir
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,14 +32,8 @@ LANES = {4: WIDTH // 4, 8: WIDTH // 8}
 
 
 def jit(function: F) -> F:
-    """Compile `function` without the GIL; cache on disk where a writable place is found."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled = njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder that it may write to
-        return cast(F, njit(**options)(function))
-    keep_checked(compiled, _stamp(Path(__file__).parent))
-    return cast(F, compiled)
+    """Compile `function` and keep it on disk as long as no file of this folder changes."""
+    return kept.jit(function, _stamp(Path(__file__).parent))
 
 
 def inlined(function: F) -> F:
@@ -47,7 +41,7 @@ def inlined(function: F) -> F:
 
     Compiled by itself it would be optimised twice, with all that it calls.
     """
-    return cast(F, njit(inline="always", nogil=True, error_model="numpy")(function))
+    return cast(F, njit(inline="always", **kept.OPTIONS)(function))
 
 
 def _stamp(folder: Path) -> tuple[Any, ...]:

@@ -13,12 +13,14 @@ import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.caching import IndexDataCacheFile
 
 _LOGGER = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[..., Any])
+OPTIONS = {"nogil": True, "error_model": "numpy"}
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -70,13 +72,21 @@ class CheckedFiles(IndexDataCacheFile):  # type: ignore[misc]  # numba has no ty
             file.write(hashlib.sha256(salt + content).digest() + content)
 
 
-def keep_checked(compiled: Any, made_from: tuple[Any, ...]) -> None:
-    """Let a jitted function keep its kernels in checked files; one that can't be written is none.
+def jit(function: F, made_from: tuple[Any, ...] = ()) -> F:
+    """Compile `function` without the GIL; cache on disk where a writable place is found.
 
-    Args:
-        compiled: what numba made of a function, with its cache on.
-        made_from: what its kernels depend on besides the function's own file, which numba dates.
+    `made_from` is what it depends on besides its own file, which numba dates.
     """
+    try:
+        compiled = numba.njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:  # numba found no folder that it may write to
+        return cast(F, numba.njit(**OPTIONS)(function))
+    _keep_checked(compiled, made_from)
+    return cast(F, compiled)
+
+
+def _keep_checked(compiled: Any, made_from: tuple[Any, ...]) -> None:
+    """Let a function keep its kernels in checked files; one that can't be written is none."""
     cache = getattr(compiled, "_cache", None)
     store = getattr(cache, "_cache_file", None)
     if cache is None or not isinstance(store, IndexDataCacheFile):
