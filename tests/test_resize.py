@@ -106,6 +106,21 @@ def test_an_optimizer_without_a_method_is_named():
         layer.resize_(other(layer, 0.5), optimizer=torch.optim.SGD([torch.zeros(2)], lr=1))
 
 
+@pytest.mark.parametrize("sparsity", [0.2, 0.95])
+def test_an_update_that_is_due_is_of_the_new_size(sparsity):
+    model, x = build("linear")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = sk.RigL(model, optimizer, t_end=100, update_freq=2)
+    train(model, optimizer, x, 3)
+    assert method.due
+    layer = model[0]
+    layer.resize_(other(layer, sparsity))
+    size = layer.topology.nnzb
+    train(model, optimizer, x, 1)
+    assert len(method.history) == 2
+    assert layer.topology.nnzb == size
+
+
 def refused(layer, match):
     before = layer.topology.clone(), layer.values.detach().clone()
     with pytest.raises(sk.ConfigError, match=match):

@@ -29,6 +29,9 @@ class Follower(Protocol):
     def followed(self) -> Sequence[Any]:
         """Averages of them that were named."""
 
+    def look_again(self) -> None:
+        """A layer has another size now."""
+
     def __hash__(self) -> int: ...
 
 

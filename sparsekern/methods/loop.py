@@ -118,6 +118,10 @@ class Loop:
             return True
         return not self.step()
 
+    def look_again(self) -> None:
+        """A layer has another size now: what was seen of its gradient is of no use any more."""
+        self._watch(self.due)
+
     def detach(self) -> None:
         """Remove the hooks, and the entry in the optimizers: the topology stays as it is."""
         for hook in self._hooks:
