@@ -205,7 +205,6 @@ def test_bad_run(case):
 
 BAD_LINES = {
     "sparsity": (["--sparsity", "1.5"], ["`sparsity`", "[0, 1)", "1.5"]),
-    "block": (["--block", "16x128"], ["`block`", "(16, 128)", "hidden1"]),
     "data-dir": (["--data", "fashion-mnist", "--data-dir", "/no/such"], ["folder", "/no/such"]),
     "no-data-dir": (["--data", "fashion-mnist"], ["data directory"]),
     "threads": (["--threads", "0"], ["`threads`", "0"]),

@@ -86,10 +86,11 @@ def by_distribution(
 
     Weights that no block fits stay dense with their share: the others do not take it up.
     """
-    targets = choice.targets
     if distribution != GLOBAL:
-        targets = _with_shares(targets, sparsity, distribution, known)
-    choice = choice._replace(targets=with_blocks(targets, block, known))
+        shared = _with_shares(choice.targets, sparsity, distribution, known)
+        choice = choice._replace(targets=shared)
+        choice = choice.leaving({t.name: NO_SHARE for t in shared if t.sparsity == 0})
+    choice = choice._replace(targets=with_blocks(choice.targets, block, known))
     choice = choice.leaving(unfit(choice.targets, block, known))
     if distribution == GLOBAL and choice.targets:
         choice = choice._replace(targets=_over_all(choice.targets, sparsity))

@@ -158,7 +158,10 @@ def _sparse(name: str, layer: SparseLayer, asked: Asked) -> SummaryRow:
     size = layer.matrix_shape[0] * layer.matrix_shape[1]
     share = asked.layers.get(name)
     kind = type(layer).__name__
-    return SummaryRow(name, kind, shape, size, layer.nnz, layer.block, share, "")
+    held = layer._held()
+    # on the meta device it is known how many blocks there are, not where
+    active = held.nnzb * layer.block[0] * layer.block[1] if layer.col.is_meta else layer.nnz
+    return SummaryRow(name, kind, shape, size, active, layer.block, share, "")
 
 
 def _dense(
