@@ -13,7 +13,6 @@ from sparsekern.errors import (
     ConfigError,
     DeviceError,
     DtypeError,
-    ShapeError,
     SparseKernError,
     TrainingLoopError,
     UnavailableError,
@@ -186,7 +185,6 @@ def test_bad_config(case):
 
 BAD_RUN = {
     "method": ({}, "snip", ConfigError, ["`method`", "rigl", "'snip'"]),
-    "block": ({"block": (16, 65)}, "set", ShapeError, ["(16, 65)", "(300, 64)"]),
     "batch": ({"batch_size": 5000}, "dense", ConfigError, ["`batch_size`", "1438", "5000"]),
     "sparsity": ({"sparsity": 0.0}, "rigl", ConfigError, ["`sparsity`", "0.0"]),
     "loss": ({"lr": 1e30, "hidden": (8,)}, "dense", TrainingLoopError, ["finite", "'dense'"]),
