@@ -265,8 +265,8 @@ def test_generator_decides_everything():
         (lambda: SparseLinear.from_dense(nn.ReLU()), DtypeError, "nn.Linear; got ReLU"),
         (
             lambda: SparseLinear(4, 4).set_active_values(torch.ones(3, 1, 1)),
-            RuntimeError,
-            "size",
+            ShapeError,
+            r"must have shape \(2, 1, 1\); got \(3, 1, 1\)",
         ),
     ],
 )
