@@ -209,10 +209,14 @@ class HeldTopology(nn.Module):
         self._non_persistent_buffers_set |= set(DERIVED_NAMES)
         lineage.register(self)
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
         """As torch's. Who walks a model to its buffers finds no arrays that averaging spoiled."""
         self._mend()
-        named: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        named: Iterator[tuple[str, nn.Module]] = super().named_modules(
+            memo, prefix, remove_duplicate
+        )
         return named
 
     def _mend(self) -> None:
