@@ -39,7 +39,7 @@ def resize_(
     if optimizer is not None:
         check_holds(optimizers, name, layer.values)
     if topology.nnzb != layer.topology.nnzb:
-        _check_free(layer, name)
+        check_free(layer, name)
     followed = () if follower is None else follower.followed
     twins = twins_of({name: layer}, [item for item in followed if name in item.names])
     source = _source(layer.topology, topology)
@@ -67,7 +67,7 @@ def _source(old: Topology, new: Topology) -> Tensor:
     return torch.where(before[at] == now, at, -1)
 
 
-def _check_free(layer: SparseLayer, name: str) -> None:
+def check_free(layer: SparseLayer, name: str) -> None:
     """Raise `ConfigError` where something counts on the size of the layer's parameter."""
     if type(layer.values.data) is not Tensor:
         raise ConfigError(

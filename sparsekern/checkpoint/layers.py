@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -9,15 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsekern.carry.resize import check_free
 from sparsekern.carry.transaction import Data
 from sparsekern.checkpoint.file import Content
 from sparsekern.errors import CheckpointError, SparseKernError
 from sparsekern.nn import SparseLayer
-from sparsekern.nn.kinds import convert
+from sparsekern.nn.init import TORCH_GAIN
 from sparsekern.ops import block_norm
-from sparsekern.swap import all_targets, sparse_layers
+from sparsekern.swap import Target, all_targets, sparse_layers
+from sparsekern.swap.build import Drawing, sparse_layer
+from sparsekern.swap.refuse import check_unwrapped
+from sparsekern.swap.replace import replace_all
 from sparsekern.topology import ARRAY_NAMES, Topology
 from sparsekern.topology.blocks import Grid
+
+log = logging.getLogger(__name__)
 
 
 class SavedLayer(NamedTuple):
@@ -32,6 +39,11 @@ class SavedLayer(NamedTuple):
     topology: Topology
     values: Tensor
     bias: Tensor | None
+
+    def __repr__(self) -> str:
+        bias = None if self.bias is None else tuple(self.bias.shape)
+        kind, shape = self.values.dtype, tuple(self.values.shape)
+        return f"SavedLayer({self.topology}, values={kind} of shape {shape}, bias of shape {bias})"
 
 
 def saved_layers(content: Content) -> dict[str, SavedLayer]:
@@ -108,16 +120,17 @@ def fit(model: nn.Module, saved: Mapping[str, SavedLayer], undo: ExitStack) -> l
         CheckpointError: a layer is not there, or has another shape; nothing has changed then.
     """
     own, targets = sparse_layers(model), {t.name: t for t in all_targets(model)}
-    topologies: dict[str, dict[str, Topology]] = {}
+    coming: dict[str, list[Target]] = {}
     for name, layer in saved.items():
         topology = layer.topology
         if name in own:
             held = own[name]._held()
             cut = held.shape, held.groups, held.taps
         elif name in targets:
-            weight = targets[name].weight
-            cut = weight.shape, weight.groups, weight.taps
-            topologies.setdefault(targets[name].owner, {})[weight.name] = topology
+            target = targets[name]
+            cut = target.weight.shape, target.weight.groups, target.weight.taps
+            there = topology.to(target.weight.parameter.device)
+            coming.setdefault(target.owner, []).append(target._replace(topology=there))
         else:
             raise CheckpointError(f"the file's sparse layer {name!r} is no layer of the model")
         if cut != (topology.shape, topology.groups, topology.taps):
@@ -125,43 +138,37 @@ def fit(model: nn.Module, saved: Mapping[str, SavedLayer], undo: ExitStack) -> l
                 f"layer {name!r} must have shape {topology.shape} in {topology.groups} groups and "
                 f"{topology.taps} taps; got {cut[0]} in {cut[1]} and {cut[2]}"
             )
-    if "" in topologies:
+    if "" in coming:
         raise CheckpointError("`model` must contain the layers: a bare one can't be replaced")
-    modules = dict(model.named_modules())
-    made = {
-        owner: convert(
-            modules[owner],
-            {n: t.to(_device(modules[owner])) for n, t in by_name.items()},
-            None,
-        )
-        for owner, by_name in topologies.items()
-    }
-    for owner, new in made.items():
-        old = modules[owner]
-        undo.callback(_replace, model, new, old)
-        _replace(model, old, new)
+    _turn_sparse(model, coming, undo)
     for name, layer in saved.items():
         if name in own:
-            _adopt(own[name], layer.topology, undo)
-    return list(made)
+            _adopt(name, own[name], layer.topology, undo)
+    return list(coming)
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _turn_sparse(model: nn.Module, coming: Mapping[str, list[Target]], undo: ExitStack) -> None:
+    """Replace dense layers by sparse ones, which take over what users put on them."""
+    if not coming:
+        return
+    check_unwrapped(model, "load")
+    drawing = Drawing("keep", TORCH_GAIN, None, None)
+    parents = {owner: model.get_submodule(owner.rpartition(".")[0]) for owner in coming}
+    made = [sparse_layer(own, parents[owner], drawing) for owner, own in coming.items()]
+    steps: list[Any] = []
+    undo.callback(lambda: [step() for step in reversed(steps)])
+    replace_all(model, made, steps)
+    lost = [text for m in made for text in m.lost]
+    if lost:
+        log.warning("not carried over: %s", "; ".join(lost))
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in model.modules():
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
-
-
-def _adopt(layer: SparseLayer, topology: Topology, undo: ExitStack) -> None:
+def _adopt(name: str, layer: SparseLayer, topology: Topology, undo: ExitStack) -> None:
     """Room for another number of blocks, or another block, in the layer's own parameter."""
     held = layer._held()
     if (held.nnzb, held.block) == (topology.nnzb, topology.block) and not layer._blank:
         return
+    check_free(layer, name)
     old_block, old_grad = layer.block, layer.values.grad
     old_buffers, old_blank = dict(layer._buffers), layer._blank
     loads, new = layer._loads, layer.values.detach()
@@ -181,8 +188,8 @@ def _adopt(layer: SparseLayer, topology: Topology, undo: ExitStack) -> None:
     device = layer.values.device
     moved = topology.to(device).clone()
     layer.block, layer._blank = topology.block, False
-    for name in ARRAY_NAMES:
-        layer._buffers[name] = getattr(moved, name)
+    for array in ARRAY_NAMES:
+        layer._buffers[array] = getattr(moved, array)
     layer.values.grad = None
     values.write()
     if layer.dense_mask is not None:

@@ -207,6 +207,7 @@ def _check_names(model: nn.Module, state: dict[str, Any], *, strict: bool) -> No
 def _kept(model: nn.Module) -> Any:
     """A function that puts the tensors of a model back to what they are now."""
     held = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    grads = [(p, p.grad) for p in model.parameters()]
     loads = [(layer, layer._loads) for layer in sparse_layers(model).values()]
     plain = [
         (module, module.get_extra_state())
@@ -218,6 +219,8 @@ def _kept(model: nn.Module) -> Any:
         with torch.no_grad():
             for tensor, was in held:
                 tensor.copy_(was)
+        for parameter, grad in grads:
+            parameter.grad = grad
         for layer, times in loads:
             layer._loads = times
         for module, state in plain:
