@@ -320,3 +320,8 @@ def test_a_clone_does_not_change_with_the_layer():
     layer.rewire_(other, torch.full((other.nnzb,), -1), [layer.values])
     assert shared == layer.topology == other
     assert torch.equal(kept.validate().positions(), before)
+
+
+def test_a_mask_of_nan_says_nothing():
+    with pytest.raises(TopologyError, match="got NaN"):
+        Topology.from_mask(torch.full((2, 3), float("nan")))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.errors import ConfigError, DtypeError, ShapeError
+from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.topology import sampling
 from sparsekern.topology.blocks import Block, Grid, active_count, check_sparsity, tiles_of, untiled
 from sparsekern.topology.build import arrays_at, contains
@@ -164,10 +164,13 @@ class Topology:
 
         Raises:
             ShapeError: `mask` is not 2-D, or a block edge is larger than it.
+            TopologyError: it holds NaN, which is neither active nor inactive.
         """
         check_tensor("mask", mask)
         if mask.dim() != 2:
             raise ShapeError(f"`mask` must be 2-D (rows, cols); got shape {tuple(mask.shape)}")
+        if mask.is_floating_point() and bool(mask.isnan().any()):
+            raise TopologyError("`mask` must say of each weight whether it is active; got NaN")
         grid = Grid.of(mask.shape, block, groups, taps)
         tiles = tiles_of(mask != 0, grid)
         positions = tiles.any(dim=3).any(dim=1).flatten().nonzero()[:, 0]
