@@ -46,6 +46,10 @@ START: dict[tuple[str, str], Callable[[Mapping[str, Any]], float | str]] = {
     ("Lookahead", "slow_param"): lambda _: "values",
     ("Lookahead", "slow_params"): lambda _: "values",
     ("SAM", "old_p"): lambda _: "values",
+    ("SGDScheduleFree", "z"): lambda _: "values",
+    ("AdamWScheduleFree", "z"): lambda _: "values",
+    ("RAdamScheduleFree", "z"): lambda _: "values",
+    ("Prodigy", "p0"): lambda _: "values",
 }
 """How optimizers start a state that is not zero at first, from the parameter's group."""
 
