@@ -212,16 +212,23 @@ def test_an_older_pickle_saves_two_arrays_from_now_on():
     assert set(found.state_dict()) == {"values", "crow", "col", "bias"}
 
 
-def test_a_state_written_in_place_takes_the_other_arrays_along():
+@pytest.mark.parametrize("looked", [True, False])
+@pytest.mark.parametrize("impl", [None, "masked"])
+def test_a_state_written_in_place_takes_the_other_arrays_along(impl, looked):
     """As distributed checkpoints do: into the tensors of the state_dict, then perhaps load it."""
-    source, layer = (sk.SparseLinear(8, 8, sparsity=0.5) for _ in range(2))
+    source, layer = (sk.SparseLinear(8, 8, sparsity=0.5, impl=impl) for _ in range(2))
+    layer(integers(2, 8)).sum().backward()
     state = layer.state_dict()
     for key, value in source.state_dict().items():
         state[key].copy_(value)
     x = integers(2, 8)
-    assert torch.equal(layer(x), source(x))
-    assert layer.topology == source.topology.validate()
+    if looked:
+        assert torch.equal(layer(x), source(x))
+        assert layer.topology == source.topology.validate()
+        assert layer.values.grad is None  # it was of the old connections
     layer.load_state_dict(state)
+    assert layer.values.grad is None
+    assert layer.topology == source.topology.validate()
     assert torch.equal(layer(x), source(x))
 
 

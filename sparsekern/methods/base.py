@@ -6,6 +6,7 @@ layer. `decide` makes of them, and of the layers alone, what an update changes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -254,7 +255,16 @@ class Method(Loop):
             self._held[name] = values
 
     def _check_loads(self, with_state: bool) -> None:
-        """Say that optimizer state belongs to connections that a load has replaced."""
+        """Say that optimizer state belongs to other connections than the layers have."""
+        for layer in self.layers.values():
+            if not layer._blank:
+                _ = layer.topology  # what was written into the arrays is seen now, if not before
+        if self._state_of is not None and self._state_of != self._connections():
+            log.warning(
+                "the optimizer's state was saved with other connections than the model has now, so "
+                "it belongs to other weights; load the model that was saved with it"
+            )
+        self._state_of = None
         loads = {name: layer._loads for name, layer in self.layers.items()}
         if loads == self._loads:
             return
@@ -273,6 +283,13 @@ class Method(Loop):
                 "holds belongs to the old ones; load its state too, or build it anew",
                 late,
             )
+
+    def _connections(self) -> str | None:
+        layers = self.layers.values()
+        if any(layer._blank or layer.col.is_meta for layer in layers):
+            return None
+        digests = "".join(layer.topology.digest() for layer in layers)
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps

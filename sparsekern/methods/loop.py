@@ -66,6 +66,7 @@ class Loop:
         self._warned = False  # that none of the passes was followed by a step
         self._passed = False  # there was a backward pass since the last step
         self._state_loaded = False  # an optimizer's was, since then
+        self._state_of: str | None = None  # digest of the connections that it belongs to
 
     # ---- for the subclass
 
@@ -91,6 +92,10 @@ class Loop:
 
     def _check_loads(self, with_state: bool) -> None:
         """Called before each step: whether an optimizer's state was loaded since the last one."""
+
+    def _connections(self) -> str | None:
+        """A digest of all topologies as they are."""
+        return None
 
     # ---- for the training loop
 
@@ -120,6 +125,7 @@ class Loop:
 
     def look_again(self) -> None:
         """A layer has another size now: what was seen of its gradient is of no use any more."""
+        self._state_of = None
         self._watch(self.due)
 
     def detach(self) -> None:
@@ -172,6 +178,7 @@ class Loop:
         self._attach()
         if resumed is not None:
             self._resume(resumed)
+            self._state_of = resumed.connections
             self._publish()
             text = "%s goes on at weight step %d, as the optimizer's state says"
             log.log(self._late(), text, type(self).__name__, self.weight_steps)
@@ -280,6 +287,7 @@ class Loop:
     def _update_if_due(self) -> bool:
         if not (self.due and self._takes_part() and self._ready()):
             return False
+        self._check_loads(self._state_loaded)  # `step` may be called by hand
         with ranged("update"):
             self._update()
         self._watch(self.due)
@@ -321,7 +329,8 @@ class Loop:
         return [Item(group, progress.ENTRY, dict(now)) for group in groups]
 
     def _save(self, _optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        state["param_groups"][0][progress.ENTRY] = progress.entry(self._progress())
+        now = self._progress()._replace(connections=self._connections())
+        state["param_groups"][0][progress.ENTRY] = progress.entry(now)
 
     def _check(self, _optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         found = progress.in_group(state["param_groups"])
@@ -334,7 +343,9 @@ class Loop:
         if found is None:
             self._say_nothing_found("the optimizer state that was loaded holds no method's state")
         else:
-            self._resume(progress.decode(found))
+            decoded = progress.decode(found)
+            self._resume(decoded)
+            self._state_of = decoded.connections
         self._publish()
 
     def _resume(self, found: Progress) -> None:

@@ -153,7 +153,9 @@ class GradientObserver:
     # ---- asked at the update
 
     def seen(self) -> Seen:
-        """What was seen until now; changes nothing."""
+        """What was seen of the gradient that there is; one that was cleared is forgotten."""
+        if self._done and self._was_cleared():
+            self._reset()
         overwritten = any(pair.is_overwritten() for pair in self._pairs)
         unseen = self._unseen or (not self._done and not self._was_cleared())
         told = {LATE: self._late, UNSEEN: unseen, OVERWRITTEN: overwritten}

@@ -30,11 +30,13 @@ class Progress(NamedTuple):
         weight_steps: taken so far.
         last_update: weight step of the last update, or None.
         history: of all updates; None where it is not known.
+        connections: digest of all topologies that the optimizer's state belongs to, or None.
     """
 
     weight_steps: int
     last_update: int | None
     history: list[UpdateRecord] | None
+    connections: str | None = None
 
 
 def encode(progress: Progress) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def entry(progress: Progress) -> dict[str, Any]:
     Its keys are the same at every step, as torch.distributed.checkpoint needs them to be.
     """
     encoded = encode(progress)
-    return encoded | {"history": json.dumps(encoded["history"])}
+    history = json.dumps(encoded["history"])
+    return encoded | {"history": history, "connections": progress.connections}
 
 
 def decode(state: object) -> Progress:
@@ -67,7 +70,8 @@ def decode(state: object) -> Progress:
         ConfigError: keys are missing or unknown, or a value is not what it should be.
     """
     keys = sorted(map(str, state)) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not (set(NEEDED) <= set(state) <= {*NEEDED, "history"}):
+    known = {*NEEDED, "history", "connections"}
+    if not isinstance(state, Mapping) or not (set(NEEDED) <= set(state) <= known):
         raise ConfigError(
             f"method state must have keys weight_steps, last_update and history; got {keys!r}"
         )
@@ -77,9 +81,13 @@ def decode(state: object) -> Progress:
             "method state must hold step counts, the last update's no larger than weight_steps; "
             f"got weight_steps={steps!r}, last_update={last!r}"
         )
-    if "history" not in state:
-        return Progress(steps, last, None)
-    return Progress(steps, last, _history(state["history"]))
+    connections = state.get("connections")
+    if not isinstance(connections, str | None):
+        raise ConfigError(
+            f"`connections` of a method state must be a digest; got {connections!r:.60}"
+        )
+    history = _history(state["history"]) if "history" in state else None
+    return Progress(steps, last, history, connections)
 
 
 def find(chains: Iterable[Sequence[torch.optim.Optimizer]]) -> object:

@@ -48,12 +48,7 @@ class HeldTopology(nn.Module):
     _origin: Origin | None = None  # of a copy
     _related = False  # whether it is a copy, or was copied
     _left: averaged.LeftBehind | None = None
-    _loads = 0  # how often a load gave it other connections or parameters
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense layer's weight; the matrix's own unless a subclass differs."""
-        return self.matrix_shape
+    _loads = 0  # how often a load gave it other connections or another parameter
 
     def __init__(self, topology: Topology) -> None:
         super().__init__()
@@ -69,6 +64,11 @@ class HeldTopology(nn.Module):
             self._trust()
         self._era = Era()
         lineage.register(self)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight; the matrix's own unless a subclass differs."""
+        return self.matrix_shape
 
     @property
     def topology(self) -> Topology:
@@ -141,20 +141,33 @@ class HeldTopology(nn.Module):
         A state_dict holds them, so who writes to its tensors in place, as a distributed checkpoint
         does, has written all there is.
         """
-        known = self._topology and self._topology._known
-        if not known or not is_tracked(known.arrays):
+        written = self._written()
+        if not written or not written <= set(STORED_NAMES):
             return False
         if self._related and averaged.is_averaged(self):
             return False  # what averages a state_dict writes numbers that mean nothing
-        now = zip(ARRAY_NAMES, known.arrays, known.versions, strict=True)
-        written = {name for name, array, version in now if array._version != version}
-        if not written or not written <= set(STORED_NAMES):
-            return False
-        rebuilt = self._held().with_compressed(self.crow, self.col)
+        rebuilt, era = self._held().with_compressed(self.crow, self.col), self._era
         for name in DERIVED_NAMES:
             getattr(self, name).copy_(getattr(rebuilt, name))
+        if self.dense_mask is not None:
+            self.dense_mask.copy_(rebuilt.to_mask())
         self._era, self._left = Era(), None
+        self._reconnected(era)
         return True
+
+    def _written(self) -> set[str]:
+        """Names of the index arrays that were written to since they were last known."""
+        known = self._topology and self._topology._known
+        if not known or not is_tracked(known.arrays):
+            return set()
+        now = zip(ARRAY_NAMES, known.arrays, known.versions, strict=True)
+        return {name for name, array, version in now if array._version != version}
+
+    def _reconnected(self, era: Era) -> None:
+        """Other connections were loaded; until then the layer was in `era`."""
+        self._loads += 1
+        self.values.grad = None  # it belongs to the old ones
+        averaged.leave_behind(self, era)
 
     def _overwrite_(self, topology: Topology) -> None:
         """Switch the index arrays to a validated `topology`, in place."""
@@ -243,16 +256,18 @@ class HeldTopology(nn.Module):
         incoming = saved_state.prepare(self, state_dict, prefix, assign=assign)
         if torch.__future__.get_swap_module_params_on_conversion():
             self._let_go()
-        same, era = incoming is None or self._stores(incoming), self._era
+        kept = incoming is None or (self._stores(incoming) and not self._written())
+        era = self._era
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if incoming is not None and self._stores(incoming):
             self._derive(incoming, assign=assign)
         if incoming is not None:
             self._left = None
             lineage.join_era(self)
-        self._loads += not same or assign
-        if not same:
-            averaged.leave_behind(self, era)
+        if not kept:
+            self._reconnected(era)
+        elif assign:
+            self._loads += 1  # the parameter is another one
         mask = self.dense_mask
         if mask is not None and (incoming is not None or not self._blank):
             held = self.topology.to_mask()
