@@ -15,8 +15,6 @@ from torch import nn
 
 import sparsekern as sk
 
-pytest.importorskip("safetensors")
-
 ROOT = Path(sk.__file__).resolve().parent.parent
 
 FAILURES = (OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken"), KeyboardInterrupt())

@@ -12,8 +12,6 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.checkpoint import file, optimizers
 
-pytest.importorskip("safetensors")
-
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 METHODS = {"rigl": sk.RigL, "set": sk.SET, "static": sk.Static}
 

@@ -7,8 +7,6 @@ from torch import nn
 
 import sparsekern as sk
 
-pytest.importorskip("safetensors")
-
 
 def test_hooks_and_attributes_survive_a_load_into_a_dense_model(tmp_path):
     path, calls = tmp_path / "m.safetensors", []

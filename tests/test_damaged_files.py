@@ -20,7 +20,6 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.checkpoint import file
 
-pytest.importorskip("safetensors")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 COUNT = int(os.environ.get("SPARSEKERN_DAMAGED", "240"))
