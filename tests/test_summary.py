@@ -124,3 +124,13 @@ def test_it_is_logged_and_half_of_what_was_asked_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, "sparsekern"):
         sk.sparsify_(model, 0.9)
     assert "less than half of the 90.0 % that were asked for" in caplog.text
+
+
+def test_a_layer_that_its_block_does_not_fit_shows_the_share_it_was_to_have():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
+    sk.sparsify_(model, 0.5, block=16, distribution="uniform")
+    rows = {row.name: row for row in sk.summary(model).rows}
+    assert rows["1"].block is None
+    assert rows["1"].asked == 0.5
+    assert rows["1"].sparsity == 0.0
+    assert "larger than" in rows["1"].why

@@ -17,7 +17,7 @@ class Asked(NamedTuple):
 
     Attributes:
         sparsity: of the whole; None where layers were asked one by one.
-        layers: sparsity of each, by name.
+        layers: sparsity of each, by name; of those too that had a share and stay dense.
         dense: why each of the others stays dense, by name.
     """
 
@@ -28,7 +28,8 @@ class Asked(NamedTuple):
 
 def asked(sparsity: float | None, choice: Choice) -> Asked:
     """What a choice asks for."""
-    return Asked(sparsity, {t.name: t.sparsity for t in choice.targets}, dict(choice.dense))
+    shares = {t.name: t.sparsity for t in choice.targets}
+    return Asked(sparsity, {**choice.shares, **shares}, dict(choice.dense))
 
 
 def write(model: nn.Module, new: Asked | None, undo: Undo) -> None:

@@ -151,7 +151,8 @@ def sparsify_(
         rest = by_plan(rest, plan, known)
     else:
         rest = by_distribution(rest, sparsity, distribution, block, [t.name for t in known])
-    choice = Choice([*pruned.targets, *rest.targets], rest.dense | pruned.dense)
+    shares = {**rest.shares, **pruned.shares}
+    choice = Choice([*pruned.targets, *rest.targets], rest.dense | pruned.dense, shares)
     made = _made(model, choice.targets, drawing)
     moved = prepare(optimizers, [move for m in made for move in m.moves], staying(model, made))
     asked = None if masks is not None or not isinstance(distribution, str) else sparsity

@@ -177,7 +177,7 @@ def _dense(
     full = target.name if target else plain.removesuffix(".weight")
     why = asked.dense.get(full) or reason(module, parameter.dim(), is_shared=is_shared)
     size, kind = parameter.numel(), type(module).__name__
-    share = 0.0 if full in asked.dense else None
+    share = asked.layers.get(full, 0.0) if full in asked.dense else None
     return SummaryRow(full, kind, tuple(parameter.shape), size, size, None, share, why)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -65,15 +66,22 @@ class Choice(NamedTuple):
     Attributes:
         targets: those that are to be.
         dense: why each of the others stays dense, by name.
+        shares: sparsity that those of them were to have which were targets once.
     """
 
     targets: list[Target]
     dense: dict[str, str]
+    shares: Mapping[str, float] = MappingProxyType({})
 
     def leaving(self, reasons: dict[str, str]) -> Choice:
         """The same without some of the targets."""
         rest = [target for target in self.targets if target.name not in reasons]
-        return Choice(rest, self.dense | reasons)
+        gone = {  # a sparse layer that stays as it is was asked for that before
+            t.name: t.sparsity
+            for t in self.targets
+            if t.name in reasons and not isinstance(t.module, SparseLayer)
+        }
+        return Choice(rest, self.dense | reasons, {**self.shares, **gone})
 
 
 def all_targets(model: nn.Module, *, sparse: bool = False) -> list[Target]:
