@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sparsekern as sk
+from sparsekern.methods.update import drop_count
 
 FAMILIES = {
     "linear": (lambda: nn.Sequential(nn.Linear(16, 24)), (6, 16)),
@@ -113,18 +114,20 @@ def test_an_optimizer_without_a_method_is_named():
         layer.resize_(other(layer, 0.5), optimizer=torch.optim.SGD([torch.zeros(2)], lr=1))
 
 
+@pytest.mark.parametrize("impl", [None, "masked"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.95])
-def test_an_update_that_is_due_is_of_the_new_size(sparsity):
-    model, x = build("linear")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def test_an_update_that_is_due_is_of_the_new_size(sparsity, impl):
+    model, x = build("linear", impl=impl)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
     method = sk.RigL(model, optimizer, t_end=100, update_freq=2)
     train(model, optimizer, x, 3)
     assert method.due
     layer = model[0]
     layer.resize_(other(layer, sparsity))
     size = layer.topology.nnzb
-    train(model, optimizer, x, 2)  # the first is seen in part only, so the update waits for another
+    train(model, optimizer, x, 1)
     assert len(method.history) == 2
+    assert method.history[1].layers["0"].dropped == drop_count(size, method.history[1].fraction)
     assert layer.topology.nnzb == size
 
 

@@ -44,6 +44,8 @@ def resize_(
     twins = twins_of({name: layer}, [item for item in followed if name in item.names])
     source = _source(layer.topology, topology)
     commit(rewired(name, layer, topology, source, optimizers=optimizers, twins=twins.get(name, ())))
+    if follower is not None:
+        follower.look_again()
 
 
 def _optimizers(given: Any, follower: Any) -> tuple[torch.optim.Optimizer, ...]:
