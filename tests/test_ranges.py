@@ -64,6 +64,7 @@ def test_a_topology_update_shows_its_parts(method, scored, compiled):
     x = torch.randn(3, 2, 6, 6)
 
     def train():
+        optimizer.zero_grad()
         step(run, x)
         optimizer.step()
 
