@@ -14,7 +14,7 @@ together, so that programs in flight share x and w in L2 and end at about the sa
 iteration's index is loaded an iteration ahead: an index loaded where it is used would halve the
 depth of the pipeline.
 
-Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape and stride, blocks narrower than
+Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape, blocks narrower than
 BK gathered several to an iteration; `_bsr_spmm_tma_kernel` loads and stores tiles through tensor
 descriptors and serves aligned operands on GPUs that have them. A third, which holds activations in
 shared memory, is in `bsr_spmm_resident` and runs where a launch table asks for it.

@@ -1,11 +1,12 @@
 """Every kernel at every configuration in the launch tables, compiled for GPUs that are not here.
 
-16-bit ones for sm_90 all, of the others a half, and of sm_80 and sm_100 a third; SPARSEKERN_AOT=all
-compiles every one.
+16-bit ones for sm_90 all, of the others a half, and of sm_80 and sm_100 a third; on the oldest
+release of triton a third of those for sm_90 alone. SPARSEKERN_AOT=all compiles every one.
 
 Checked in the machine code: tensor-core instructions where the operands are 16 bits wide, nothing
 spilled, shared memory within the limit, pipeline depth as planned, no global atomics (so a result
-has one order of sums). The figures are compared with `kernels.lock`.
+has one order of sums). Of products of warp groups, that an iteration waits once.
+The figures are compared with the lock file of the triton release.
 """
 
 import os
@@ -36,11 +37,13 @@ CASES = list(plan.cases())
 def compiled_cases():
     """Of each operation one case in so many, always the same ones; 16-bit ones for sm_90 all."""
     seen = Counter()
+    old = release() == lock.OLDEST
     for case in CASES:
         half = case.key.kind == "half"
-        share = (1 if half else 2) if case.arch == "sm90" else 3
+        share = (1 if half else 2) if case.arch == "sm90" and not old else 3
         group = case.arch, case.key.op, half
-        if os.environ.get("SPARSEKERN_AOT") == "all" or seen[group] % share == 0:
+        asked = seen[group] % share == 0 and not (old and case.arch != "sm90")
+        if os.environ.get("SPARSEKERN_AOT") == "all" or asked:
             yield case
         seen[group] += 1
 
@@ -118,6 +121,7 @@ RAGGED = [
     c
     for c in CASES
     if c.arch == "sm90"
+    and (release() != lock.OLDEST or os.environ.get("SPARSEKERN_AOT") == "all")
     and c.dtype == "bf16"
     and c.key.loads == "pointer"
     and c.key.rows != "short"
@@ -130,9 +134,12 @@ RAGGED = [
 
 @pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_ragged_sizes_and_any_stride(case):
-    # nothing is known of sizes and strides, so loads are 2 bytes wide, go through registers and may
-    # spill a few: slow, and still without atomics and within shared memory
-    check(plan.compiled(case, divisor=1), case.arch, spills=True)
+    # no load divides a size: results go out in single elements, whose addresses may spill a few, and
+    # a product that has to mask weights takes them through registers, one buffer less
+    built = plan.compiled(case, divisor=1)
+    check(built, case.arch, spills=True)
+    check_waits(built)
+    assert built.depth >= plan.planned_depth(case) - 1, "pipeline depth"
 
 
 def test_the_checks_can_fail():
