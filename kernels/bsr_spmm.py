@@ -301,7 +301,7 @@ def _launch(
     start, inner, perm, order = side
     indices = start, inner, inner if perm is None else perm, order
     rows = aligned_rows(x) if cut.copied else x
-    tensors = rows, values, *indices, x if bias is None else bias, y
+    tensors = rows, values, *indices, rows if bias is None else bias, y
     kernel = plan.start(_bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel, tensors)
     if kernel is not None:
         sb = 0 if bias is None else bias.stride(0)

@@ -134,7 +134,7 @@ RAGGED = [
 
 @pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_ragged_sizes_and_any_stride(case):
-    # no load divides a size: results go out in single elements, whose addresses may spill a few, and
+    # no load divides a size: results go out in single elements, whose addresses may spill, and
     # a product that has to mask weights takes them through registers, one buffer less
     built = plan.compiled(case, divisor=1)
     check(built, case.arch, spills=True)
