@@ -29,6 +29,7 @@ SAME_ZERO = "differs at zero, which is what it is replaced by"
 WORK = "the masks stop what the test would have skipped"
 ALWAYS_FP32 = "in the interpreter kernels store fp32 whatever the dtype"
 PROMOTED = "the first sum promotes the accumulator to fp32 (compiled, it is a type error)"
+SHIFT_FITS = "a tap's shift, counted in 16-byte loads, passes 2^31 in images of 2^33 elements alone"
 FEW_PARTS = "tokens are cut into parts only when a few hundred programs hold the whole output"
 
 EQUIVALENT = (
@@ -293,6 +294,9 @@ EQUIVALENT = (
     ),
     Equivalent("bsr_conv2d_wgrad", "constant", "0", "1", NO_SHAPE, "dw.numel() == 0"),
     # bsr_conv2d
+    Equivalent("_bsr_conv2d_kernel", "int64 dropped", "dh.to(tl.int64)", "dh", SHIFT_FITS),
+    Equivalent("_bsr_conv2d_kernel", "int64 dropped", "dw.to(tl.int64)", "dw", SHIFT_FITS),
+    Equivalent("_bsr_conv2d_dgrad_kernel", "int64 dropped", "w.to(tl.int64)", "w", SHIFT_FITS),
     *(
         Equivalent(
             function, "other dropped", f"tl.load({name}_ptr + t, mask={live}, other=0)", None, why

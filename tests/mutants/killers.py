@@ -246,6 +246,7 @@ FULL = Problem(16, 29, 45, 300, fill=1.0, layout="strided")
 SHIFTED = Problem(64, 20, 128, 128, HALF)  # descriptors would fit but for the first address
 ENDED = Problem(16, 5, 48, 48, open_end=True)
 ENDED_TMA = Problem(64, 5, 192, 192, HALF, "plain", open_end=True)
+GATHERED = Problem(16, 9, 90, 120, HALF)  # blocks of a row, four at a time, not all there
 OBLONG = Problem((64, 32), 20, 128, 128, HALF, "plain")
 EMPTY = Problem(16, 3, 32, 32, fill=0.0)
 CUT = Problem(64, 20, 128, 120, HALF, "whole")  # descriptors would fit, but not mask the last block
@@ -257,6 +258,7 @@ KILLERS = {
         *((right, p, w) for p in (ALIGNED, LONG, ROUGH, ROUGH_HALF) for w in ("y", "dx")),
         *((right, p, w) for p in (SHIFTED, ENDED, ENDED_TMA) for w in ("y", "dx")),
         (right, CUT, "y"),
+        *((right, GATHERED, w) for w in ("y", "dx")),
         (right, OBLONG, "y"),
         (right, OBLONG._replace(block=(32, 64)), "dx"),
         *((right, p, w) for p in (BROAD, POINT, EMPTY, MANY) for w in ("y", "dx")),
