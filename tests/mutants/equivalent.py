@@ -405,8 +405,8 @@ EQUIVALENT = (
     ),
     Equivalent("_launch", "branch fixed", "index if perm is None else perm", "perm", NEVER_READ),
     *(
-        Equivalent(launcher, "branch fixed", "x if bias is None else bias", "bias", NEVER_READ)
-        for launcher in ("_launch", "bsr_conv2d", "csr_conv2d")
+        Equivalent(launcher, "branch fixed", f"{x} if bias is None else bias", "bias", NEVER_READ)
+        for launcher, x in (("_launch", "rows"), ("bsr_conv2d", "x"), ("csr_conv2d", "x"))
     ),
     *(
         Equivalent(launcher, "constant", "0", "1", NEVER_READ, "0 if bias is None")
