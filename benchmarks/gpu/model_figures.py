@@ -92,6 +92,13 @@ def row(key: str, built: Any, warps: int, triton: str) -> dict[str, Any]:
     )._asdict()
 
 
+def wanted(case: Any) -> bool:
+    """Square blocks in bf16; unstructured weights in fp32 too."""
+    square = case.block[0] == case.block[1] and not case.variant and case.key.op != "grow"
+    unstructured = case.block == (1, 1) and case.dtype == "fp32"
+    return case.arch == "sm90" and square and (case.dtype == "bf16" or unstructured)
+
+
 def main() -> None:
     """Compile square blocks in bf16 and write the file."""
     os.environ["TRITON_INTERPRET"] = "0"
@@ -100,8 +107,7 @@ def main() -> None:
     release = importlib.import_module("aot.compiler").triton_version()
     found = {}
     for case in plan.cases():
-        square = case.block[0] == case.block[1] and not case.variant
-        if case.arch == "sm90" and case.dtype == "bf16" and square and case.key.op != "grow":
+        if wanted(case):
             key = str(case.key)
             found[key] = row(key, plan.compiled(case), case.config.num_warps, release)
             print(found[key], flush=True)

@@ -162,8 +162,11 @@ class _Machine(NamedTuple):
             sum(load.cost(self.setting.request) for load in step.loads),
             *(step.memory, step.shared, step.macs, step.instructions),
         )
-        waited = self.setting.load / max(1, step.depth - 1) if step.loads else 0.0
-        alone = max(1.0, self.setting.stretch * step.latency, waited)
+        alone, waited = self.setting.stretch * step.latency, self.setting.load
+        if step.loads:  # they come while others are multiplied, if more than one tile is held
+            ahead = step.depth - 1
+            alone = max(alone, waited / ahead) if ahead > 0 else alone + waited
+        alone = max(1.0, alone)
         return (*(a / rate for a, rate in zip(asked, self.rates, strict=True)), alone)
 
 

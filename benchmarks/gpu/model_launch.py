@@ -140,7 +140,7 @@ def gradient_programs(
     """dW: programs of up to `tile.group` blocks of one row, the sum over tokens in `parts`."""
     bh, bw = problem.block
     size = ELEMENT_BYTES[problem.kind]
-    groups = list(_groups(lengths, tile.group))
+    groups = list(row_groups(lengths, tile.group))
     span = math.ceil(math.ceil(problem.M / parts) / tile.BM) * tile.BM
     steps = parts * sum(g > 0 for g in groups) * math.ceil(span / tile.BM)
     memory = size * problem.activations / max(1, steps)
@@ -247,7 +247,7 @@ def _multiplied(step: Step, shape: tuple[int, int, int], kernel: Kernel, size: i
     )
 
 
-def _groups(lengths: Iterable[int], size: int) -> Iterator[int]:
+def row_groups(lengths: Iterable[int], size: int) -> Iterator[int]:
     """Blocks of each program of dW: row r owns those from crow[r] // size + r on."""
     begin, row = 0, 0
     for row, length in enumerate(lengths):
