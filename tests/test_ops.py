@@ -454,10 +454,7 @@ def test_the_operators_of_a_convolution_choose_as_its_layer_does():
         ops.conv2d(x, values, topology, geometry, impl=on_gpu)
         ops.conv2d_dgrad(dy, values, topology, geometry, size=(5, 5), impl=on_gpu)
         ops.conv2d_wgrad(dy, x, topology, geometry, impl=on_gpu)
-        ops.spmm(torch.ones(2, 36), values, topology, impl=on_gpu)
-    seen = dict(impls.seen)
-    assert {seen[name] for name in ("conv2d", "conv2d_dgrad", "conv2d_wgrad")} == {"dense"}
-    assert seen["spmm"] == "triton"
+    assert dict(impls.seen) == dict.fromkeys(("conv2d", "conv2d_dgrad", "conv2d_wgrad"), "dense")
 
 
 def test_only_none_chooses():

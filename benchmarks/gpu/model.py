@@ -150,8 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [device.name for device in DEVICES]
     parser.add_argument("--device", choices=names, default=H200.name)
-    device = device_named(parser.parse_args(arguments).device)
-    print("\n".join(table(device or H200)))
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, choices=BLOCKS)
+    given = parser.parse_args(arguments)
+    print("\n".join(table(device_named(given.device) or H200, given.blocks)))
 
 
 if __name__ == "__main__":
