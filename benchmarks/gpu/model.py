@@ -92,18 +92,23 @@ class Answer(NamedTuple):
 
 def answer(case: Case, device: Device = H200) -> Answer:
     """What the model expects of a case."""
-    return answer_of(case.launch(), case.product, case.problem, device, case.parts)
+    return answer_of(case.launch(), case.product, case.problem, device, case.parts, case.passes)
 
 
 def answer_of(
-    launch: Launch, product: str, problem: Problem, device: Device = H200, parts: int = 1
+    launch: Launch,
+    product: str,
+    problem: Problem,
+    device: Device = H200,
+    parts: int = 1,
+    passes: int = 1,
 ) -> Answer:
     """The same for programs of one's own."""
     roofline = Roofline(device)
     ceiling, dense = roofline.predict(product, problem).seconds, dense_seconds(problem, device)
     found = [simulate(launch, device, setting) for setting in SETTINGS]
     fast, slow = (
-        outcome.seconds + second_pass(problem, parts, setting)
+        outcome.seconds + second_pass(problem, parts, passes, setting)
         for outcome, setting in zip(found, SETTINGS, strict=True)
     )
     loops = [loop for program in launch.programs for loop in program.loops]
@@ -126,12 +131,13 @@ def dense_seconds(problem: Problem, device: Device) -> float:
     return Roofline(device).dense(problem).seconds / (1 if problem.read is None else CUDNN)
 
 
-def second_pass(problem: Problem, parts: int, setting: Setting) -> float:
-    """Seconds of the kernels that add up `parts` of dW in fp32, then cast the sum."""
+def second_pass(problem: Problem, parts: int, passes: int, setting: Setting) -> float:
+    """Seconds of the kernels that add up `parts` of dW: a sum, and its cast if that is apart."""
     if parts == 1:
         return 0.0
     stored = problem.K * problem.N * problem.density
-    return (4 * parts + 10) * stored / setting.elementwise + 2 * KERNEL_GAP
+    written = 2 if passes == 1 else 4 + 4 + 2
+    return (4 * parts + written) * stored / setting.elementwise + passes * KERNEL_GAP
 
 
 def table(device: Device = H200, blocks: Sequence[int] = BLOCKS) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,11 @@ from benchmarks.gpu.model_launch import (
     product_programs,
     topology,
 )
-from sparsekern.cost.roofline import Problem
+from sparsekern.cost.roofline import ELEMENT_BYTES, Problem
 from sparsekern.kernels import tables
+
+launch: Any = importlib.import_module("sparsekern.kernels.launch")  # its names differ by version
+_EVENLY = hasattr(launch, "most_groups")  # how dW is cut
 
 LINEAR = {"forward": "spmm", "dx": "spmm_t", "dw": "sddmm"}
 """Products of a linear layer, and their operations in the launch tables."""
@@ -42,6 +46,7 @@ class Case:
         kernel: what the compiled code uses.
         slots: programs an SM; None: what registers and shared memory allow.
         parts: that the sum of dW is cut into.
+        passes: kernels that add them: one, or a sum and a cast.
         persistent: programs that walk tiles; None: one tile a program.
         held: activations are held in shared memory (forward, dX); `tile` counts for nothing then.
         taps: of a convolution.
@@ -54,6 +59,7 @@ class Case:
     kernel: Kernel
     slots: int | None = None
     parts: int = 1
+    passes: int = 1
     persistent: Persistent | None = None
     held: Held | None = None
     taps: int = 1
@@ -128,26 +134,29 @@ def shipped(operation: str, block: int, problem: Problem | None = None) -> Case:
         return Case(operation, problem, tile, kernel, taps=taps)
     group = max(1, config.LANES // block)
     tail = "half" if key.loads == "tma" and group > 1 else "full"
-    case = Case(operation, problem, Tile(config.BM, group=group, tail=tail), kernel, taps=taps)
+    tile = Tile(config.BM, group=group, tail=tail, even=_EVENLY)
+    passes = 1 if _EVENLY else 2
+    case = Case(operation, problem, tile, kernel, passes=passes, taps=taps)
     return replace(case, parts=_shipped_parts(case))
 
 
 def _entry(op: str, problem: Problem) -> tuple[tables.Key, Any]:
     """Launch table entry of a product."""
-    from sparsekern.kernels.launch import rows_class  # noqa: PLC0415  needs triton
-
     edge = problem.block[0]
     rows = "any"
     if op.startswith("spmm"):
-        rows = rows_class(round(problem.K * problem.density), edge, edge)
+        rows = launch.rows_class(round(problem.K * problem.density), edge, edge)
     tma = edge >= TMA_EDGE and not op.startswith("conv")
     config, by_tma = tables.find("sm90", op, "half", edge, rows, tma=tma)
     return tables.Key(op, "half", str(edge), rows, "tma" if by_tma else "pointer"), config
 
 
 def _shipped_parts(case: Case) -> int:
-    from sparsekern.kernels.launch import splits  # noqa: PLC0415  needs triton
-
-    lengths = case.lengths()
-    programs = sum(lengths) // case.tile.group + len(lengths)
-    return splits("sm90", programs, -(-case.problem.M // case.tile.BM))
+    lengths, tile, (bh, bw) = case.lengths(), case.tile, case.problem.block
+    blocks, rows, steps = sum(lengths), len(lengths), -(-case.problem.M // tile.BM)
+    if not _EVENLY:
+        return int(launch.splits("sm90", blocks // tile.group + rows, steps))
+    loads = (bh + tile.group * bw) * tile.BM * ELEMENT_BYTES[case.problem.kind]
+    groups = launch.usual_groups(blocks, rows, tile.group)
+    result = blocks * bh * bw
+    return int(launch.parts_of_sum(torch.device("cpu"), groups, steps, loads, result))

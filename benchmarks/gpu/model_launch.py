@@ -78,6 +78,7 @@ class Tile(NamedTuple):
         swap: weights on the rows of `wgmma` (forward, dX).
         tail: blocks that a row's last program multiplies (dW): "full" as many as any, "half" of
             them if that is enough, "exact" what is there.
+        even: groups of a row differ by one block at most (dW); else all but the last are full.
     """
 
     BM: int
@@ -85,6 +86,7 @@ class Tile(NamedTuple):
     group: int = 8
     swap: bool = False
     tail: str = "full"
+    even: bool = True
 
 
 def topology(problem: Problem, seed: int = 0, taps: int = 1) -> Topology:
@@ -140,7 +142,7 @@ def gradient_programs(
     """dW: programs of up to `tile.group` blocks of one row, the sum over tokens in `parts`."""
     bh, bw = problem.block
     size = ELEMENT_BYTES[problem.kind]
-    groups = list(row_groups(lengths, tile.group))
+    groups = list((even_groups if tile.even else row_groups)(lengths, tile.group))
     span = math.ceil(math.ceil(problem.M / parts) / tile.BM) * tile.BM
     steps = parts * sum(g > 0 for g in groups) * math.ceil(span / tile.BM)
     memory = size * problem.activations / max(1, steps)
@@ -161,8 +163,8 @@ def gradient_step(problem: Problem, blocks: int, tile: Tile, kernel: Kernel) -> 
     multiplied = {"full": tile.group, "exact": blocks, "half": tile.group}[tile.tail]
     if tile.tail == "half" and blocks <= tile.group // 2:
         multiplied = tile.group // 2
-    # TMA tiles are loaded as often as they are multiplied; masked lanes are not
-    loaded = blocks if tile.tail == "full" else multiplied
+    # where the last group is not cut evenly, a tile that is multiplied is loaded too
+    loaded = multiplied if tile.tail == "half" and not tile.even else blocks
     loads = Load(tile.BM * bh * size, bh * size), Load(tile.BM * loaded * bw * size, bw * size)
     share = (1 + multiplied) / (1 + tile.group)  # tiles of dy and x that are handled
     fewer = kernel._replace(instructions=kernel.instructions * share)
@@ -248,7 +250,7 @@ def _multiplied(step: Step, shape: tuple[int, int, int], kernel: Kernel, size: i
 
 
 def row_groups(lengths: Iterable[int], size: int) -> Iterator[int]:
-    """Blocks of each program of dW: row r owns those from crow[r] // size + r on."""
+    """Blocks of each program of dW where row r owns those from crow[r] // size + r on."""
     begin, row = 0, 0
     for row, length in enumerate(lengths):
         first = begin // size + row
@@ -256,3 +258,18 @@ def row_groups(lengths: Iterable[int], size: int) -> Iterator[int]:
         after = begin // size + row + 1
         for i in range(after - first):
             yield max(0, min(size, length - i * size))
+
+
+def even_groups(lengths: Sequence[int], size: int) -> Iterator[int]:
+    """Blocks of each program of dW where a row of n is ceil(n / size) of them, cut evenly.
+
+    As many programs are started as there could be: those at the end find nothing.
+    """
+    found = 0
+    for length in lengths:
+        groups = math.ceil(length / size)
+        found += groups
+        yield from (length // groups + (i < length % groups) for i in range(groups))
+    total = sum(lengths)
+    most = min(total, (total + len(lengths) * (size - 1)) // size)
+    yield from [0] * (most - found)
