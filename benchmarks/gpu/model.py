@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.gpu.model_cases import CONV, LINEAR, Case, conv, linear, shipped
-from benchmarks.gpu.model_fluid import SETTINGS, Launch, Persistent, Setting, simulate
+from benchmarks.gpu.model_fluid import KERNEL_GAP, SETTINGS, Launch, Persistent, Setting, simulate
 from benchmarks.gpu.model_launch import Held, Kernel, Tile
 from sparsekern.cost.roofline import DEVICES, H100, H200, Device, Problem, Roofline, device_named
 
@@ -49,7 +49,6 @@ __all__ = [
 
 BLOCKS = (128, 64, 32, 16)
 CUDNN = 650 / 790  # of a cube's rate, that a dense convolution reaches; assumed
-KERNEL_GAP = 3e-6  # seconds that a kernel after the first one adds; assumed
 
 
 class Answer(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import model_figures
-from benchmarks.gpu.model_fluid import Launch, Persistent
+from benchmarks.gpu.model_fluid import Launch, Persistent, Program
 from benchmarks.gpu.model_launch import (
     Held,
     Kernel,
@@ -74,7 +75,7 @@ class Case:
         """Programs in the order of the grid."""
         return Launch(list(self._programs()), self.slots or self.kernel.slots, self.persistent)
 
-    def _programs(self) -> Any:
+    def _programs(self) -> Iterator[Program]:
         lengths, (bh, bw) = self.lengths(), self.problem.block
         if self.product == "dw":
             return gradient_programs(self.problem, lengths, self.tile, self.kernel, self.parts)

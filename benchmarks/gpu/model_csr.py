@@ -19,6 +19,7 @@ from typing import NamedTuple
 from benchmarks.gpu import model_figures
 from benchmarks.gpu.model_cases import linear
 from benchmarks.gpu.model_fluid import (
+    KERNEL_GAP,
     OPTIMISTIC,
     SCHEDULERS,
     SETTINGS,
@@ -38,7 +39,6 @@ PRODUCTS = ("forward", "dx", "dw")
 KINDS = {"half": "bf16", "tf32": "tf32", "ieee": "fp32"}
 """Kinds of operand of the launch tables, and what the roofline calls them."""
 
-KERNEL_GAP = 3e-6  # seconds that a kernel after the first one adds; assumed
 UNPACKING = 5  # kernels that make a dense weight of values: zeros, rows, columns, scatter, copy
 PACKING = 3  # and those that take values from a dense gradient
 LOWEST, HIGHEST = 1e-3, {"half": 0.03, "tf32": 0.03, "ieee": 0.2}  # of the search for a crossing

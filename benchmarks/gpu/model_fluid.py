@@ -24,6 +24,7 @@ TENSOR_MACS = 2048  # of an SM and cycle in 16 bits: 989 TFLOP/s on 132 SMs at 1
 SHARED_BYTES = 128  # of an SM and cycle: 32 banks of 4 bytes (CUDA C++ guide, 9.0)
 SECTOR = 32  # bytes: the least that L2 hands out
 STORE_BYTES = 32  # of an SM and cycle, in the finish; assumed
+KERNEL_GAP = 3e-6  # seconds that a kernel after the first one adds; assumed
 EMPTY_CYCLES = 1200  # of a program that finds nothing to do: launch, search, end; assumed
 
 RESOURCES = ("L2", "HBM", "shared memory", "tensor cores", "issue")
