@@ -16,8 +16,9 @@ depth of the pipeline.
 
 Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape and stride, blocks narrower than
 BK gathered several to an iteration; `_bsr_spmm_tma_kernel` loads and stores tiles through tensor
-descriptors and serves aligned operands on GPUs that have them. A third, which holds activations in
-shared memory, is in `bsr_spmm_resident` and runs where a launch table asks for it.
+descriptors and serves aligned operands on GPUs that have them. Two more run where a launch table
+asks for them: `bsr_spmm_persistent`, whose programs stay, and `bsr_spmm_resident`, which holds
+activations in shared memory.
 """
 
 # triton decorates without types
@@ -264,6 +265,7 @@ class _Cut(NamedTuple):
     tile: SpmmConfig
     tma: bool
     ring_kb: int | None  # shared memory for weights in the kernel that holds activations
+    stages: int | None  # of the kernel whose programs stay
     options: dict[str, Any]
 
 
@@ -287,11 +289,14 @@ def _launch(
     start, inner, perm, order = side
     indices = start, inner, inner if perm is None else perm, order
     tensors = x, values, *indices, x if bias is None else bias, y
-    kernel = plan.start(_bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel, tensors)
+    kernel = plan.start(_kernel_of(cut), tensors)
     if kernel is not None:
         sb = 0 if bias is None else bias.stride(0)
         with torch.cuda.device_of(x):
-            (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, sb)
+            if cut.stages is not None:
+                _launch_persistent(kernel, tensors, cut, sb)
+            else:
+                (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, sb)
     return in_dtype(y, x.dtype)
 
 
@@ -336,7 +341,30 @@ def _cut(given: _Given) -> _Cut:
         "enable_fp_fusion": True,
     }
     ring_kb = _ring_kb(x, values, side.perm is not None, relu)
-    return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, options)
+    stages = _stages(x, values, y, side.perm is not None)
+    return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, stages, options)
+
+
+def _stages(x: torch.Tensor, values: torch.Tensor, y: torch.Tensor, trans: bool) -> int | None:
+    """Steps held by the kernel whose programs stay, if a table asks for it and it can be used."""
+    arch, op = arch_class(x.device), "spmm_t_persistent" if trans else "spmm_persistent"
+    _, bh, bw = values.shape
+    reduce, out = (bh, bw) if trans else (bw, bh)
+    entry = optional(arch, op, compute_kind(x.dtype), out)
+    if entry is None or is_interpreted(_bsr_spmm_kernel) or x.shape[1] % reduce:
+        return None
+    from .bsr_spmm_persistent import persistent_fits  # noqa: PLC0415  Gluon is heavy, seldom needed
+
+    fits = persistent_fits(arch, x.dtype, (bh, bw)) and tma_fits(x, values.view(-1, bw), y)
+    return int(entry.num_stages) if fits else None
+
+
+def _kernel_of(cut: _Cut) -> Any:
+    if cut.stages is None:
+        return _bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel
+    from .bsr_spmm_persistent import _bsr_spmm_persistent_kernel  # noqa: PLC0415  likewise
+
+    return _bsr_spmm_persistent_kernel
 
 
 def _ring_kb(x: torch.Tensor, values: torch.Tensor, trans: bool, relu: bool) -> int | None:
@@ -393,3 +421,13 @@ def _launch_tma(tma_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, s
         SWAP=cut.tile.SWAP,
         **cut.options,
     )
+
+
+def _launch_persistent(
+    kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, sb: int
+) -> None:
+    from .bsr_spmm_persistent import launch_persistent  # noqa: PLC0415  likewise
+
+    names = "IN", "OUT", "TRANS", "HAS_BIAS", "RELU"
+    options = {name: cut.options[name] for name in names}
+    launch_persistent(kernel, tensors, options, cut.stages or 1, sb)
