@@ -64,6 +64,7 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 TOKENS = 256  # of a tile: 128 to each consumer
 STEP = 64  # of the sum, at most: rows of 128 bytes
+LEAST_STAGES = 2  # a step is let go of when the next is multiplied: with one slot both would wait
 MOST_STAGES = 8
 PROGRAMS = 132  # multiprocessors of a whole chip
 
@@ -329,7 +330,7 @@ def launch_persistent(
         int(how.back),
         sb,
         BK=BK,
-        STAGES=min(stages, persistent_stages(reduce, out)),
+        STAGES=max(LEAST_STAGES, min(stages, persistent_stages(reduce, out))),
         **options,
         num_warps=4,
         enable_fp_fusion=True,
