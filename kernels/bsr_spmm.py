@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import plans
+from . import optional, plans
 from .launch import (
     arch_class,
     compute_kind,
@@ -43,7 +43,7 @@ from .launch import (
     rows_class,
     tma_fits,
 )
-from .tables import SpmmConfig, find, optional
+from .tables import SpmmConfig, find
 
 __all__ = ["bsr_spmm", "bsr_spmm_t"]
 
@@ -285,7 +285,7 @@ def _launch(
     plan = plans.find(_bsr_spmm_kernel, x, _key(given))
     cut: _Cut = plan.decide(_cut, given)
     if cut.ring_kb is not None:
-        return _launch_resident(x, values, side, bias, n_out, cut.ring_kb)
+        return optional.launch_held(x, values, side, bias, n_out, cut.ring_kb)
     start, inner, perm, order = side
     indices = start, inner, inner if perm is None else perm, order
     tensors = x, values, *indices, x if bias is None else bias, y
@@ -294,7 +294,7 @@ def _launch(
         sb = 0 if bias is None else bias.stride(0)
         with torch.cuda.device_of(x):
             if cut.stages is not None:
-                _launch_persistent(kernel, tensors, cut, sb)
+                optional.launch_stages(kernel, tensors, cut.options, cut.stages, sb)
             else:
                 (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, sb)
     return in_dtype(y, x.dtype)
@@ -340,60 +340,16 @@ def _cut(given: _Given) -> _Cut:
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-    ring_kb = _ring_kb(x, values, side.perm is not None, relu)
-    stages = _stages(x, values, y, side.perm is not None)
+    trans, compiled = side.perm is not None, not is_interpreted(_bsr_spmm_kernel)
+    ring_kb = optional.held_ring(x, values, trans, relu) if compiled else None
+    stages = optional.stages(x, values, y, trans) if compiled else None
     return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, stages, options)
 
 
-def _stages(x: torch.Tensor, values: torch.Tensor, y: torch.Tensor, trans: bool) -> int | None:
-    """Steps held by the kernel whose programs stay, if a table asks for it and it can be used."""
-    arch, op = arch_class(x.device), "spmm_t_persistent" if trans else "spmm_persistent"
-    _, bh, bw = values.shape
-    reduce, out = (bh, bw) if trans else (bw, bh)
-    entry = optional(arch, op, compute_kind(x.dtype), out)
-    if entry is None or is_interpreted(_bsr_spmm_kernel) or x.shape[1] % reduce:
-        return None
-    from .bsr_spmm_persistent import persistent_fits  # noqa: PLC0415  Gluon is heavy, seldom needed
-
-    fits = persistent_fits(arch, x.dtype, (bh, bw)) and tma_fits(x, values.view(-1, bw), y)
-    return int(entry.num_stages) if fits else None
-
-
 def _kernel_of(cut: _Cut) -> Any:
-    if cut.stages is None:
-        return _bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel
-    from .bsr_spmm_persistent import _bsr_spmm_persistent_kernel  # noqa: PLC0415  likewise
-
-    return _bsr_spmm_persistent_kernel
-
-
-def _ring_kb(x: torch.Tensor, values: torch.Tensor, trans: bool, relu: bool) -> int | None:
-    """Shared memory of the kernel that holds activations, if a table asks for it and it fits."""
-    arch, op = arch_class(x.device), "spmm_t_resident" if trans else "spmm_resident"
-    _, bh, bw = values.shape
-    entry = optional(arch, op, compute_kind(x.dtype), max(bh, bw))
-    if entry is None or relu or is_interpreted(_bsr_spmm_kernel):
-        return None
-    from .bsr_spmm_resident import resident_fits  # noqa: PLC0415  Gluon is heavy, seldom needed
-
-    fits = resident_fits(arch, x.dtype, (bh, bw), x.shape[1], trans, entry.RING_KB)
-    return int(entry.RING_KB) if fits else None
-
-
-def _launch_resident(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    side: _Side,
-    bias: torch.Tensor | None,
-    n_out: int,
-    ring_kb: int,
-) -> torch.Tensor:
-    from . import bsr_spmm_resident as resident  # noqa: PLC0415  likewise
-
-    start, inner, perm, _ = side
-    if perm is None:
-        return resident.bsr_spmm_resident(x, values, start, inner, bias, n_out, ring_kb=ring_kb)
-    return resident.bsr_spmm_t_resident(x, values, start, inner, perm, n_out, ring_kb=ring_kb)
+    if cut.stages is not None:
+        return optional.persistent_kernel()
+    return _bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel
 
 
 def _launch_pointer(
@@ -421,13 +377,3 @@ def _launch_tma(tma_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, s
         SWAP=cut.tile.SWAP,
         **cut.options,
     )
-
-
-def _launch_persistent(
-    kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, sb: int
-) -> None:
-    from .bsr_spmm_persistent import launch_persistent  # noqa: PLC0415  likewise
-
-    names = "IN", "OUT", "TRANS", "HAS_BIAS", "RELU"
-    options = {name: cut.options[name] for name in names}
-    launch_persistent(kernel, tensors, options, cut.stages or 1, sb)

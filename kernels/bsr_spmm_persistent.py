@@ -7,8 +7,8 @@ emulated but never run on a GPU.
 
 FLOPs: 2 * M * nnzb * BH * BW.
 Bytes from L2, s = 2: s * M * nnzb * IN for x, s * ceil(M / 256) * nnzb * BH * BW for w, s * M * N
-out; IN is the block's edge along the sum, OUT that along the output. They bound it: of 8192 x 4096 x
-4096 at density 0.1 it is modelled to take 83 to 90 % of what L2 allows.
+out; IN is the block's edge along the sum. They bound it: of what L2 and the tensor cores allow it's
+modelled to take half to four fifths at 8192 x 4096 x 4096 and density 0.1.
 
 A program walks the tiles that `dealing` gives it: 256 tokens times one block row, the row's blocks
 in order, so every sum has one order. One warp, the producer, copies x and w into a ring of STAGES
@@ -94,7 +94,7 @@ def shared_layout(columns: int) -> gl.NVMMASharedLayout:
 @gluon.jit
 def _place(turn, deal):
     """Place in the line of the tile that this program gets in a turn."""
-    T, R, group, back = deal
+    _T, _R, _group, back = deal
     p = gl.program_id(0)
     P = gl.num_programs(0)
     return turn * P + gl.where((turn & back) != 0, P - 1 - p, p)
@@ -103,7 +103,7 @@ def _place(turn, deal):
 @gluon.jit
 def _count(deal):
     """Tiles of this program; of the last round some get none."""
-    T, R, group, back = deal
+    T, R, _group, _back = deal
     last = (T * R - 1) // gl.num_programs(0)
     return last + gl.where(_place(last, deal) < T * R, 1, 0)
 
@@ -111,7 +111,7 @@ def _count(deal):
 @gluon.jit
 def _tile(turn, count, deal):
     """Rank among the block rows, and token tile; past the last tile that one again."""
-    T, R, group, back = deal
+    T, R, group, _back = deal
     k = _place(gl.minimum(turn, count - 1), deal)
     g = k // (group * R)
     size = gl.minimum(T - g * group, group)

@@ -1,7 +1,7 @@
 """`bsr_spmm_persistent` without the GPU it has never run on: dealt, emulated, and compiled.
 
-Dealt: every tile once, and evenly. Emulated: the kernel's own source in numpy, its three warp groups
-in random orders (`warps`). Compiled for sm_90: wgmma of the right shape that stays asynchronous,
+Dealt: every tile once, and evenly. Emulated: the kernel's own source in numpy, its warp groups in
+random orders (`warps`). Compiled for sm_90: wgmma of the right shape that stays asynchronous,
 nothing spilled, no more registers than a warp group has, shared memory within the limit, no global
 atomics.
 """
@@ -157,7 +157,7 @@ def test_the_emulation_can_fail(fault, says, monkeypatch):
 
 
 def test_the_emulation_sees_a_wrong_phase(monkeypatch):
-    from aot import warps  # noqa: PLC0415
+    from aot import warps
 
     monkeypatch.setattr(module, "PROGRAMS", 2)
     wait = warps.Machine.wait

@@ -4,7 +4,7 @@ whose turn it is after every step.
 Memory shows what a GPU would hide. A copy poisons its target when it starts and lands any time
 before its barrier completes. A product reads its operands when it's issued and again when it's
 retired, and until a thread barrier follows no warp may take it for done. A tile that goes to memory
-is read when that is asked for and again when it's waited for. If nobody can go on, the kernel hangs.
+is read when that is asked for and again when it's waited for. If nobody can go on, it hangs.
 """
 
 import random
@@ -34,7 +34,7 @@ class Turns:
             gates[number].acquire()
             try:
                 function()
-            except BaseException as error:  # noqa: BLE001  told by the thread that started them
+            except BaseException as error:  # told by the thread that started them
                 self.error = self.error or error
             del self.until[number]
             self.control.release()

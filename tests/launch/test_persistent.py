@@ -1,4 +1,4 @@
-"""The persistent product over the stand-in driver: when it is taken, what it is handed, its plans."""
+"""The persistent product over the stand-in driver: when it's taken, what it's handed."""
 
 import pytest
 
