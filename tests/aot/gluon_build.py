@@ -46,16 +46,17 @@ class Found(NamedTuple):
         return max(int(r) for some in found for r in some) + 1
 
 
-def build(kernel, types, constants):
-    """Pointers that 16 divides, sizes of which nothing is known."""
+def build(kernel, types, constants, divided=()):
+    """Pointers that 16 divides, and sizes that it does; of others nothing is known."""
     types = types | dict.fromkeys(constants, "constexpr")
     signature = {a: types.get(a, "i32") for a in kernel.arg_names}
     position = {a: (i,) for i, a in enumerate(kernel.arg_names)}
+    aligned = [a for a in position if signature[a].startswith("*") or a in divided]
     source = GluonASTSource(
         kernel,
         signature,
         {position[a]: v for a, v in constants.items()},
-        {position[a]: [["tt.divisibility", 16]] for a in position if signature[a].startswith("*")},
+        {position[a]: [["tt.divisibility", 16]] for a in aligned},
     )
     options = {"num_warps": 4, "enable_fp_fusion": True}
     printed = io.StringIO()

@@ -9,14 +9,10 @@ no sooner than they're waited for, slots are poisoned when a copy into them star
 read their operands both when they're issued and when they're retired.
 """
 
-import importlib
 import math
 import os
 import re
-import subprocess
-import tempfile
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,15 +25,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         allow_module_level=True,
     )
 
-import triton
+from aot import gluon_build
 from aot.emulated import Descriptor, Num, Pointer, Shared, sparse
 from support import integers
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparsekern.kernels import bsr_spmm_resident as module
 
-SHARED_LIMIT = 227 * 1024
 KERNEL = module._bsr_spmm_resident_kernel
 
 # block, columns held, transposed; the last two fill shared memory
@@ -55,51 +48,23 @@ def edges(block, trans):
     return block if trans else block[::-1]
 
 
-def signature_of(block, trans, dtype, G, constants):
+def build(block, K, trans, dtype):
+    """What the compiler makes of it."""
+    config = module.resident_config(block, K)
+    reduce, out = edges(block, trans)
+
     def descriptor(rows, columns):
         return f"tensordesc<{dtype}[{rows},{columns}],{module.shared_layout(columns)!r}>"
 
-    rows = block[0] if trans else G * block[0]
-    known = dict.fromkeys(constants, "constexpr") | {
-        "x_desc": descriptor(module.TOKENS, edges(block, trans)[0]),
-        "w_desc": descriptor(rows, block[1]),
+    constants = {"sb": 1, "SLICES": K // reduce, "IN": reduce, "OUT": out, "TRANS": trans}
+    constants |= {"G": config.G, "STAGES": config.STAGES, "HAS_BIAS": not trans}
+    known = {
+        "x_desc": descriptor(module.TOKENS, reduce),
+        "w_desc": descriptor(block[0] if trans else config.G * block[0], block[1]),
         **dict.fromkeys(("start_ptr", "index_ptr", "perm_ptr"), "*i32"),
         **dict.fromkeys(("bias_ptr", "y_ptr"), f"*{dtype}"),
     }
-    return {a: known.get(a, "i32") for a in KERNEL.arg_names}
-
-
-def build(block, K, trans, dtype):
-    """PTX, machine code, shared memory, and what cuobjdump says of registers and stack."""
-    config = module.resident_config(block, K)
-    reduce, out = edges(block, trans)
-    constants = {"sb": 1, "SLICES": K // reduce, "IN": reduce, "OUT": out, "TRANS": trans}
-    constants |= {"G": config.G, "STAGES": config.STAGES, "HAS_BIAS": not trans}
-    signature = signature_of(block, trans, dtype, config.G, constants)
-    position = {a: (i,) for i, a in enumerate(KERNEL.arg_names)}
-    aligned = [a for a in position if signature[a].startswith("*") or a == "N"]
-    source = GluonASTSource(
-        KERNEL,
-        signature,
-        {position[a]: v for a, v in constants.items()},
-        {position[a]: [["tt.divisibility", 16]] for a in aligned},
-    )
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    folder = Path(importlib.import_module("triton.backends.nvidia").__file__).parent
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        sass, usage = (
-            subprocess.run(
-                [folder / "bin" / "cuobjdump", option, f.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("-sass", "-res-usage")
-        )
-    return kernel.asm["ptx"], sass, kernel.metadata.shared, usage
+    return gluon_build.build(KERNEL, known, constants, divided=("N",))
 
 
 def events(ptx):
@@ -120,26 +85,20 @@ def test_compiles(block, K, trans, dtype, request):
     if dtype == "fp16" and block != (16, 16):
         pytest.skip("one block stands for fp16")
     reduce, out = edges(block, trans)
-    ptx, sass, shared, usage = build(block, K, trans, dtype)
-    registers = max(map(int, re.findall(r"\bR(\d+)\b", sass))) + 1
-    request.node.user_properties += [("registers", registers), ("shared", shared)]
-    assert "EXIT" in sass
-    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], "spilled"
-    assert not re.search(r"\b(STL|LDL)\b", sass), "spilled"
-    assert not re.search(r"\b(ATOMG|ATOM|RED)\b", sass), "global atomics"
-    assert shared <= SHARED_LIMIT
+    found = build(block, K, trans, dtype)
+    ptx, sass, shared = found.ptx, found.sass, found.shared
+    request.node.user_properties += [("registers", found.registers), ("shared", shared)]
+    gluon_build.check(found)
     size = module.WALKERS * math.prod(module.resident_config(block, K)) * math.prod(block) * 2
     assert 0 < shared - size - module.TOKENS * K * 2 <= module._SHARED_EXTRA
 
     shape = {"bf16": "f32.bf16.bf16", "fp16": "f32.f16.f16"}[dtype]
-    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx)
-    assert products == [f"m64n{out}k16.{shape}"] * (module.WALKERS * reduce // 16)
+    assert found.products == [f"m64n{out}k16.{shape}"] * (module.WALKERS * reduce // 16)
     # had ptxas serialised them, it would wait for all of them at once, after each
     assert len(re.findall(r"HGMMA.*gsb0", sass)) == module.WALKERS
     assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", sass)) == module.WALKERS
     # by each walker: products, the wait, a barrier, and only then the copy
     assert len(re.findall(r"p+wb+(?:cb*)+", events(ptx))) == module.WALKERS
-    assert "fence.proxy.async" in ptx
 
 
 def test_what_fits():
