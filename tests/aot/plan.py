@@ -168,6 +168,7 @@ def sddmm_plan(case):
         "BW": bw,
         "G": max(1, c.LANES // bw),
         "ADD": case.variant == "add",
+        "UNIT": 4 if case.dtype == "fp32" else 8,
     }
     if case.key.loads == "pointer":
         return _bsr_sddmm_kernel, constants, {}

@@ -152,7 +152,8 @@ def test_what_descriptors_cannot_address_goes_through_pointers(layout, cut, coun
     assert_exact(y, spmm_oracle(x, p.dense(values)), torch.float16)
     dw = bsr_sddmm(dy, x, p.crow, p.col, (64, 64))
     assert_exact(dw, sddmm_oracle(dy, x, p), torch.float16)
-    assert counted() == {"_bsr_spmm_kernel": 1, "_bsr_sddmm_kernel": 1}
+    # dw has no padding to read, so copies in aligned rows are enough for descriptors
+    assert counted() == {"_bsr_spmm_kernel": 1, "_bsr_sddmm_tma_kernel": 1}
 
 
 @pytest.mark.parametrize("per_row", [1, 2, 3, 4, 5, 7])
@@ -167,7 +168,7 @@ def test_groups_of_a_row(per_row):
 @pytest.mark.parametrize("ragged", [0, 1, 70])
 def test_tokens_summed_in_parts(ragged):
     tokens = 17 * 64 - ragged
-    assert launch.splits("sm90", 3, 17) > 1
+    assert launch.parts_of_sum(torch.device("cpu"), 2, 17, 40960, 3 << 12) > 1
     p, _, x, dy, _ = operands((64, 64), "random", torch.float16, tokens, blocks=(2, 3))
     dw = bsr_sddmm(dy, x, p.crow, p.col, (64, 64))
     assert_exact(dw, sddmm_oracle(dy, x, p), torch.float16)
