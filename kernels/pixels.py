@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["FAR", "advance", "both", "inside", "phase", "pixel", "tile_of_program"]
+__all__ = ["FAR", "advance", "below", "both", "inside", "phase", "pixel", "tile_of_program"]
 
 # a row so far above the image that no tap reaches it
 FAR = tl.constexpr(-(2**30))
@@ -43,6 +43,12 @@ def phase(H, W, SH: tl.constexpr, SW: tl.constexpr):
 def inside(h, w, H, W):
     """Whether pixels lie in the image."""
     return (h >= 0) & (h < H) & (w >= 0) & (w < W)
+
+
+@triton.jit
+def below(i, size):
+    """Whether 0 <= i < size, in one comparison."""
+    return i.to(tl.uint32) < size.to(tl.uint32)
 
 
 @triton.jit

@@ -24,8 +24,11 @@ __all__ = [
     "entry_options",
     "has_adjacent_channels",
     "has_adjacent_columns",
+    "has_pixel_rows",
     "images_at_once",
     "output_size",
+    "pixel_rows",
+    "pixel_stride",
     "wanted_format",
     "window_options",
 ]
@@ -86,6 +89,54 @@ def has_adjacent_columns(a: torch.Tensor) -> bool:
 def columns_adjacent(a: torch.Tensor) -> torch.Tensor:
     """The same images with a row's pixels side by side; a copy unless they are."""
     return a if has_adjacent_columns(a) else a.contiguous()
+
+
+def pixel_stride(a: torch.Tensor) -> int | None:
+    """Elements from one pixel to the next, through rows and images; None if that is no one number.
+
+    Args:
+        a: images, or what `pixel_rows` made of them.
+    """
+    sizes, strides = a.shape, a.stride()
+    if a.dim() == 2:
+        return strides[0]
+    step = None
+    for dim in (3, 2, 0):
+        if sizes[dim] == 1:
+            continue
+        if step is None:
+            step = reach = strides[dim]
+        elif strides[dim] != reach:
+            return None
+        reach *= sizes[dim]
+    return sizes[1] if step is None else step
+
+
+def has_pixel_rows(a: torch.Tensor, groups: int) -> bool:
+    """Whether images are evenly spaced pixels, whose groups of channels are whole 16-byte loads."""
+    unit, step = launch.load_unit(a.dtype), pixel_stride(a)
+    return (
+        a.stride(1) == 1
+        and a.shape[1] // groups % unit == 0
+        and step is not None
+        and step % unit == 0
+        and a.data_ptr() % 16 == 0
+    )
+
+
+def pixel_rows(a: torch.Tensor, groups: int) -> torch.Tensor:
+    """The same images if `has_pixel_rows`, else a copy as (N * H * W, channels).
+
+    In the copy each group of channels is followed by zeros up to the next whole 16-byte load.
+    """
+    if has_pixel_rows(a, groups):
+        return a
+    (N, C, H, W), unit = a.shape, launch.load_unit(a.dtype)
+    channels = C // groups
+    rows = a.new_empty(N, H, W, groups, -(-channels // unit) * unit)
+    rows[..., :channels] = a.permute(0, 2, 3, 1).unflatten(3, (groups, channels))
+    rows[..., channels:] = 0
+    return rows.view(N * H * W, -1)
 
 
 def images_at_once(batch: int, *, copied: int) -> int:
