@@ -8,10 +8,11 @@ Bytes from L2, s = element size: s * N * P * Q * nnzb * (BW + BH / G), G blocks 
 sharing one tile of dy. Bytes from HBM, at least: s * (N * P * Q * C_out + N * H * W * C_in + nnzb *
 BH * BW); when the sum over pixels is cut into S > 1 parts, 8 * S * nnzb * BH * BW more.
 
-The linear sampled product with a shift of x for each lane: one program makes up to G neighbouring
-blocks of one block row, whose taps are fixed for the whole sum. It walks the output pixels and
-counts their image, row and column up, as dividing would cost more than the product. Parts are
-summed in order by a second pass: no atomics.
+The linear sampled product (`bsr_sddmm`: groups, parts, epilogue) with a shift of x for each lane:
+one program makes up to G neighbouring blocks of one block row, whose taps are fixed for the whole
+sum. It walks the output pixels and counts their row, their column and the input pixel they meet up,
+as dividing would cost more than the product. Pixels of dy and x are evenly spaced: each needs one
+number for its address. Other images are copied, which costs twice their bytes.
 """
 
 # triton decorates without types

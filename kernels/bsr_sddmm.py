@@ -6,12 +6,14 @@ weight gradient.
 FLOPs: 2 * M * nnzb * BH * BW.
 Bytes from L2, s = element size: s * M * nnzb * (BW + BH / G), G blocks of a block row sharing one
 tile of dy. Bytes from HBM, at least: s * (M * (N + K) + nnzb * BH * BW); when the sum over tokens
-is cut into S > 1 parts, 8 * S * nnzb * BH * BW more.
+is cut into S > 1 parts, 8 * S * nnzb * BH * BW more; what has no rows of whole 16-byte loads is
+copied first, twice its bytes.
 
-One program makes up to G neighbouring blocks of one block row. Block row r owns the programs from
-crow[r] // G + r on, at least as many as it needs; the bound nnzb // G + R on all of them is known
-without asking the device, and a program that finds nothing left in its row ends. Parts are summed
-in order by a second pass: no atomics.
+One program makes up to G neighbouring blocks of one block row. Programs count the groups of all
+block rows and take theirs; a bound on their number is known without asking the device, and those
+beyond the last group end. Blocks that a group lacks are not loaded. The launcher chooses S by the
+number of blocks, never by where they lie; parts are summed in order by a second pass (`parts`): no
+atomics.
 
 Two kernels: `_bsr_sddmm_kernel` gathers the columns of its blocks through pointers into one tile;
 `_bsr_sddmm_tma_kernel` loads a tile for each block through tensor descriptors, and keeps as many

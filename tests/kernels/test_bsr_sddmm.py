@@ -80,6 +80,13 @@ def test_groups_of_a_row(per_row):
         assert_exact(bsr_sddmm(dy, x, p.crow, p.col, p.block), sddmm_oracle(dy, x, p), dtype)
 
 
+def test_rows_beyond_those_that_are_counted_at_once():
+    p = pattern(16 * 1030, 40, (16, 16), "full")
+    p = p.keep_rows(torch.tensor([0, 3, 511, 512, 513, 1024, 1029]))
+    dy, x = numbers((3, p.rows), torch.float32, 1), numbers((3, p.cols), torch.float32, 2)
+    assert_exact(bsr_sddmm(dy, x, p.crow, p.col, p.block), sddmm_oracle(dy, x, p), torch.float32)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of inf times zero
 def test_padding_is_zero_even_next_to_infinity():
     p = pattern(17, 19, (16, 16), "full")

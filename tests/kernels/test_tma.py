@@ -156,6 +156,18 @@ def test_what_descriptors_cannot_address_goes_through_pointers(layout, cut, coun
     assert counted() == {"_bsr_spmm_kernel": 1, "_bsr_sddmm_tma_kernel": 1}
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of inf times zero
+@pytest.mark.parametrize("tokens", [9, 1100])
+def test_padding_is_zero_even_next_to_infinity(tokens, counted):
+    p = pattern(100, 150, (64, 64), "full")
+    dy, x = (numbers((tokens, n), torch.float16, n) for n in (p.rows, p.cols))
+    dy[:], x[:] = float("inf"), float("nan")
+    dw = bsr_sddmm(dy, x, p.crow, p.col, p.block).cpu()
+    assert counted() == {"_bsr_sddmm_tma_kernel": 1}
+    assert dw[p.inside()].isnan().all()
+    assert (dw[~p.inside()] == 0).all()
+
+
 @pytest.mark.parametrize("per_row", [1, 2, 3, 4, 5, 7])
 def test_groups_of_a_row(per_row):
     # rows of any length against groups of four, full or half loaded; empty rows between

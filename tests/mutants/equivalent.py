@@ -108,11 +108,7 @@ EQUIVALENT = (
         NOT_LOADED,
     ),
     Equivalent(
-        "_bsr_sddmm_kernel",
-        "other dropped",
-        "tl.load(dw, mask=(t < hi)[:, None], other=0.0)",
-        None,
-        NOT_STORED,
+        "_store_sums", "other dropped", "tl.load(dw, mask=mine, other=0.0)", None, NOT_STORED
     ),
     Equivalent(
         "_bsr_sddmm_kernel", "int64 dropped", "tl.program_id(1).to(tl.int64)", None, FEW_PARTS
@@ -121,26 +117,11 @@ EQUIVALENT = (
     Equivalent("_bsr_sddmm_tma_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
     Equivalent("_bsr_sddmm_tma_kernel", "constant", "2", "1", CHOICE, "_sum_blocks("),
     Equivalent(
-        "bsr_sddmm",
-        "comparison",
-        "out.dtype == output_dtype(out.dtype, _bsr_sddmm_kernel)",
-        None,
-        CHOICE,
-    ),
-    Equivalent(
-        "bsr_sddmm",
-        "branch fixed",
-        "output_dtype(x.dtype, _bsr_sddmm_kernel) if whole else torch.float32",
-        "torch.float32",
-        ALWAYS_FP32,
-    ),
-    Equivalent(
         "bsr_sddmm", "constant", "0", "1", "a block has 256 elements at least", "dw.numel() > 0"
     ),
     Equivalent("_cut", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
     # bsr_grow
     Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
-    Equivalent("bsr_sddmm", "comparison", "out.dtype != torch.float64", None, CHOICE),
     # csr_sddmm
     Equivalent("_csr_sddmm_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
     Equivalent(
@@ -206,18 +187,11 @@ EQUIVALENT = (
     Equivalent(
         "_bsr_conv2d_wgrad_kernel",
         "conjunct dropped",
-        "(ch < Cg) & (t < hi)",
-        "ch < Cg",
+        "(ch < width) & (t < hi)",
+        "ch < width",
         NOT_STORED,
     ),
-    Equivalent("_bsr_conv2d_wgrad_kernel", "comparison", "t < hi", "t <= hi", NOT_STORED, "c_in ="),
-    Equivalent(
-        "_bsr_conv2d_wgrad_kernel",
-        "other dropped",
-        "tl.load(dw, mask=(t < hi)[:, None], other=0.0)",
-        None,
-        NOT_STORED,
-    ),
+    Equivalent("_bsr_conv2d_wgrad_kernel", "comparison", "t < hi", "t <= hi", NOT_STORED, "h ="),
     Equivalent(
         "_bsr_conv2d_wgrad_kernel",
         "other dropped",
@@ -250,7 +224,7 @@ EQUIVALENT = (
     ),
     *(
         Equivalent(function, *fault, ALWAYS_FP32, "whole =")
-        for function in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for function in ("csr_conv2d_wgrad",)
         for fault in (
             ("condition dropped", "parts == 1 and step >= batch", None),
             ("comparison", "parts == 1", None),
@@ -266,17 +240,16 @@ EQUIVALENT = (
             None,
             ALWAYS_FP32,
         )
-        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for wgrad in ("csr_conv2d_wgrad",)
     ),
     *(
         Equivalent(wgrad, "branch fixed", "dw[0] if parts == 1 else dw.sum(0)", "dw.sum(0)", CHOICE)
-        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for wgrad in ("csr_conv2d_wgrad",)
     ),
     *(
         Equivalent(wgrad, "constant", "1", "0", CHOICE, "dw.sum(0)")
-        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for wgrad in ("csr_conv2d_wgrad",)
     ),
-    Equivalent("_options", "name swapped", "max", "min", CHOICE, "find("),
     *(
         Equivalent(
             wgrad,

@@ -248,6 +248,7 @@ ENDED = Problem(16, 5, 48, 48, open_end=True)
 ENDED_TMA = Problem(64, 5, 192, 192, HALF, "plain", open_end=True)
 OBLONG = Problem((64, 32), 20, 128, 128, HALF, "plain")
 EMPTY = Problem(16, 3, 32, 32, fill=0.0)
+RAGGED_TMA = Problem(64, 9, 100, 150, HALF, "plain", 1.0)
 CUT = Problem(64, 20, 128, 120, HALF, "whole")  # descriptors would fit, but not mask the last block
 
 KILLERS = {
@@ -269,7 +270,12 @@ KILLERS = {
         (right, ROUGH_HALF._replace(tokens=250), "dw"),
         *((right, p, "dw") for p in (SHIFTED, ENDED, ENDED_TMA)),
         (hot, TINY._replace(fill=1.0), "dw"),
+        (hot, RAGGED_TMA, "dw"),
         (nothing, TINY, "dw"),
+    ],
+    "parts": [
+        *((right, p, "dw") for p in (PARTS, PARTS_TMA)),
+        (added, PARTS, "dw"),
     ],
     "bsr_grow": [
         *((right, TINY._replace(norm=n), "grow") for n in ("l1", "l2", "max")),
