@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from . import plans
-from .bsr_sddmm import _clear, _group_of_program, _store_sums
+from .groups import clear, group_of_program, store_sums
 from .launch import (
     arch_class,
     compute_kind,
@@ -40,7 +40,7 @@ from .launch import (
     usual_groups,
 )
 from .parts import add_parts
-from .pixels import FAR, below, pixel
+from .pixels import FAR, below, pixel, walk
 from .tables import find
 from .window import (
     Window,
@@ -96,7 +96,7 @@ def _bsr_conv2d_wgrad_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    row, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), R, G)
+    row, lo, hi = group_of_program(crow_ptr, tl.program_id(0), R, G)
     if lo < hi:
         g = row // RB
         lane = tl.arange(0, G * BW)
@@ -143,14 +143,7 @@ def _bsr_conv2d_wgrad_kernel(
                 mask=below(h[None, :] + top, H) & below(w[None, :] + (q * SW)[:, None], W),
                 other=0.0,
             )
-            q += dq
-            full = q >= Q
-            q = tl.where(full, q - Q, q)
-            p = tl.where(full, p + dp + 1, p + dp)
-            at = tl.where(full, at + ahead + next_row, at + ahead)
-            full = p >= P
-            p = tl.where(full, p - P, p)
-            at = tl.where(full, at + next_image, at)
+            p, q, at = walk(p, q, at, dp, dq, ahead, next_row, next_image, P, Q)
             if INTERPRET:  # the interpreter multiplies the bit patterns of bf16
                 dy = dy.to(tl.float32)
                 x = x.to(tl.float32)
@@ -158,10 +151,10 @@ def _bsr_conv2d_wgrad_kernel(
         slot = tl.program_id(1).to(tl.int64) * part + t.to(tl.int64) * (BH * BW)
         dw = dw_ptr + (slot + j)[:, None] + (i * BW)[None, :]
         mine = (t < hi)[:, None]
-        _store_sums(dw, acc, mine, ADD)
+        store_sums(dw, acc, mine, ADD)
         if (Cg % BW != 0) | (Cog % BH != 0):
             tl.debug_barrier()  # threads clear what others have stored
-            _clear(dw, mine & ((ch >= Cg)[:, None] | (o >= Cog)[None, :]))
+            clear(dw, mine & ((ch >= Cg)[:, None] | (o >= Cog)[None, :]))
 
 
 def bsr_conv2d_wgrad(
@@ -215,8 +208,8 @@ def bsr_conv2d_wgrad(
                     *tensors,
                     M=images * P * Q,
                     span=cut.span,
-                    sym=pixel_stride(dys) // unit,
-                    sxm=pixel_stride(xs) // unit,
+                    sym=(pixel_stride(dys) or 0) // unit,
+                    sxm=(pixel_stride(xs) or 0) // unit,
                     ADD=ADD,
                     **sizes,
                     **cut.options,

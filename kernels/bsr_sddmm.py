@@ -32,6 +32,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import plans
+from .groups import clear, group_of_program, store_sums
 from .launch import (
     aligned_rows,
     arch_class,
@@ -54,51 +55,7 @@ from .tables import find
 __all__ = ["bsr_sddmm"]
 
 _TMA_EDGE = 64  # rows and columns of a block from which on descriptors and wgmma fit
-_ROWS = tl.constexpr(512)  # block rows whose groups a program counts at once
 _NO_COLUMN = tl.constexpr(1 << 22)  # times the widest block: beyond every matrix, within int32
-
-
-@triton.jit
-def _group_of_program(crow_ptr, pid, R, G: tl.constexpr):
-    """Row of program `pid`, and its slots [lo, hi): none if there are fewer groups.
-
-    A row of n blocks is ceil(n / G) groups, whose sizes differ by one at most.
-    """
-    row, first, seen = pid * 0, pid * 0, pid * 0
-    for r0 in range(0, R, _ROWS):
-        r = r0 + tl.arange(0, _ROWS)
-        begin = tl.load(crow_ptr + r, mask=r < R, other=0)
-        n = tl.load(crow_ptr + r + 1, mask=r < R, other=0) - begin
-        ends = seen + tl.cumsum((n + G - 1) // G, 0)
-        before = ends <= pid
-        row += tl.sum(before.to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(before, ends, 0), 0))
-        seen = tl.max(ends, 0)
-    row = tl.where(pid < seen, row, 0)
-    begin = tl.load(crow_ptr + row)
-    n = tl.load(crow_ptr + row + 1) - begin
-    groups = tl.maximum((n + G - 1) // G, 1)
-    size = n // groups
-    larger = n - size * groups  # of which there are this many, first in the row
-    at = pid - first
-    lo = begin + at * size + tl.minimum(at, larger)
-    hi = lo + size + (at < larger).to(tl.int32)
-    return row, lo, tl.where(pid < seen, hi, lo)
-
-
-@triton.jit
-def _store_sums(dw, acc, mine, ADD: tl.constexpr):
-    """Store sums where they are `mine`, padding and all: a choice between a sum and zero, here or
-    in the loop, would have the products wait for each other. `_clear` follows."""
-    if ADD:
-        acc += tl.load(dw, mask=mine, other=0.0).to(tl.float32)
-    tl.store(dw, acc.to(dw.dtype.element_ty), mask=mine)
-
-
-@triton.jit
-def _clear(dw, padding):
-    """Store zeros: padding is zero by decree, next to an infinity too."""
-    tl.store(dw, tl.zeros(padding.shape, dtype=dw.dtype.element_ty), mask=padding)
 
 
 # a new number of tokens must not mean a new compilation, nor new sizes: UNIT divides the strides
@@ -126,7 +83,7 @@ def _bsr_sddmm_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    r, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), R, G)
+    r, lo, hi = group_of_program(crow_ptr, tl.program_id(0), R, G)
     if lo < hi:
         lane = tl.arange(0, G * BW)
         t = lo + lane // BW  # [G * BW] slot of each column of the gathered x
@@ -159,10 +116,10 @@ def _bsr_sddmm_kernel(
         slot = tl.program_id(1).to(tl.int64) * part + t.to(tl.int64) * (BH * BW)
         dw = dw_ptr + (slot + j)[:, None] + (i * BW)[None, :]
         mine = (t < hi)[:, None]
-        _store_sums(dw, acc, mine, ADD)
+        store_sums(dw, acc, mine, ADD)
         if (K % BW != 0) | ((r + 1) * BH > N):
             tl.debug_barrier()  # threads clear what others have stored
-            _clear(dw, mine & ((k >= K)[:, None] | (n >= N)[None, :]))
+            clear(dw, mine & ((k >= K)[:, None] | (n >= N)[None, :]))
 
 
 @triton.jit
@@ -210,12 +167,12 @@ def _sum_blocks(
     dw = dw_ptr + lo.to(tl.int64) * (BH * BW) + i * BW + j
     for g in tl.static_range(G):
         if lo + g < hi:
-            _store_sums(dw + g * (BH * BW), accs[g], i * 0 + g < hi - lo, ADD)
+            store_sums(dw + g * (BH * BW), accs[g], i * 0 + g < hi - lo, ADD)
     if (K % BW != 0) | ((r + 1) * BH > N):
         tl.debug_barrier()  # threads clear what others have stored
         for t in range(lo, hi):
             padding = (i >= N - r * BH) | (j >= K - tl.load(col_ptr + t) * BW)
-            _clear(dw + (t - lo) * (BH * BW), padding)
+            clear(dw + (t - lo) * (BH * BW), padding)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "R", "span"])
@@ -239,7 +196,7 @@ def _bsr_sddmm_tma_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    r, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), R, G)
+    r, lo, hi = group_of_program(crow_ptr, tl.program_id(0), R, G)
     if lo < hi:
         first = tl.program_id(1) * span
         last = min(first + span, M)
@@ -295,22 +252,25 @@ def bsr_sddmm(
     cut: _Cut = plan.decide(_cut, dy, x, crow, col, block)
     # sums are added in fp32, where a kernel may store the dtype of `out`
     storable = output_dtype(x.dtype if out is None else out.dtype, _bsr_sddmm_kernel)
-    added = out is not None and out.dtype in (storable, torch.float32)
-    if out is not None and added:
-        dw = out
-    else:
-        dtype = storable if out is None else torch.float32
-        dw = empty(x, col.numel(), *block, dtype=dtype)
+    held = out if out is not None and out.dtype in (storable, torch.float32) else None
+    dtype = storable if out is None else torch.float32
+    dw = empty(x, col.numel(), *block, dtype=dtype) if held is None else held
     if dw.numel() > 0:
-        sums = dw
-        if cut.parts > 1:
-            sums = empty(x, cut.parts, *dw.shape, dtype=torch.float32)
-        _launch(plan, cut, dy, x, crow, col, sums, ADD=added and cut.parts == 1)
-        if cut.parts > 1:
-            add_parts(plan, sums, dw, ADD=added)
-    if out is not None:
-        return out if added else out.add_(dw)
-    return in_dtype(dw, x.dtype)
+        _make(plan, cut, (dy, x, crow, col, dw), ADD=held is not None)
+    if out is None:
+        return in_dtype(dw, x.dtype)
+    return out.add_(dw) if held is None else out
+
+
+def _make(plan: plans.Plan, cut: _Cut, tensors: tuple[torch.Tensor, ...], *, ADD: bool) -> None:
+    """Make or add to dw, the last of the tensors."""
+    if cut.parts == 1:
+        _launch(plan, cut, tensors, ADD=ADD)
+        return
+    *operands, dw = tensors
+    sums = empty(dw, cut.parts, *dw.shape, dtype=torch.float32)
+    _launch(plan, cut, (*operands, sums), ADD=False)
+    add_parts(plan, sums, dw, ADD=ADD)
 
 
 def _key(
@@ -379,17 +339,8 @@ def _tma_fits(a: torch.Tensor) -> bool:
     return tma_fits(a) if has_aligned_rows(a) else max(a.shape) < 2**31
 
 
-def _launch(
-    plan: plans.Plan,
-    cut: _Cut,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    crow: torch.Tensor,
-    col: torch.Tensor,
-    dw: torch.Tensor,
-    *,
-    ADD: bool,
-) -> None:
+def _launch(plan: plans.Plan, cut: _Cut, tensors: tuple[torch.Tensor, ...], *, ADD: bool) -> None:
+    dy, x, crow, col, dw = tensors
     (M, N), K = dy.shape, x.shape[1]
     tensors = aligned_rows(dy), aligned_rows(x), crow, col, dw
     kernel = _bsr_sddmm_tma_kernel if cut.tma else _bsr_sddmm_kernel
@@ -398,10 +349,7 @@ def _launch(
         return
     sizes = M, N, K, crow.numel() - 1, cut.span, col.numel() * cut.options["BH"] * cut.options["BW"]
     with torch.cuda.device_of(x):
-        if cut.tma:
-            _launch_tma(kernel, tensors, sizes, cut, ADD=ADD)
-        else:
-            _launch_pointer(kernel, tensors, sizes, cut, ADD=ADD)
+        (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, sizes, cut, ADD=ADD)
 
 
 def _launch_pointer(

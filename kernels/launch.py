@@ -48,9 +48,9 @@ _FILL = {"sm80": 324, "sm90": 396, "sm100": 444}
 _MAX_SPLITS = 16
 _LEAST_STEPS = 8  # of a part
 
-# The next three weigh the parts of a sum over tokens in bytes that a multiprocessor of an H200 loads
-# from L2: the first and last steps of a program, which load nothing; the start of a second kernel,
-# 3 us; and a byte of what that one reads and writes, mostly to memory.
+# The next three weigh the parts of a sum over tokens in bytes that a multiprocessor of an H200
+# loads from L2: the first and last steps of a program, which load nothing; the start of a second
+# kernel, 3 us; and a byte of what that one reads and writes, mostly to memory.
 _IDLE_STEPS = 4
 _START_BYTES = 220_000
 _MEMORY_BYTE = 2.8

@@ -134,7 +134,7 @@ def pixel_rows(a: torch.Tensor, groups: int) -> torch.Tensor:
     (N, C, H, W), unit = a.shape, launch.load_unit(a.dtype)
     channels = C // groups
     rows = a.new_empty(N, H, W, groups, -(-channels // unit) * unit)
-    rows[..., :channels] = a.permute(0, 2, 3, 1).unflatten(3, (groups, channels))
+    rows[..., :channels] = a.permute(0, 2, 3, 1).reshape(N, H, W, groups, channels)
     rows[..., channels:] = 0
     return rows.view(N * H * W, -1)
 

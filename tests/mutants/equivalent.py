@@ -108,7 +108,7 @@ EQUIVALENT = (
         NOT_LOADED,
     ),
     Equivalent(
-        "_store_sums", "other dropped", "tl.load(dw, mask=mine, other=0.0)", None, NOT_STORED
+        "store_sums", "other dropped", "tl.load(dw, mask=mine, other=0.0)", None, NOT_STORED
     ),
     Equivalent(
         "_bsr_sddmm_kernel", "int64 dropped", "tl.program_id(1).to(tl.int64)", None, FEW_PARTS
@@ -120,6 +120,49 @@ EQUIVALENT = (
         "bsr_sddmm", "constant", "0", "1", "a block has 256 elements at least", "dw.numel() > 0"
     ),
     Equivalent("_cut", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
+    *(Equivalent("_cut", "name swapped", name, None, CHOICE, "find(") for name in ("min", "max")),
+    Equivalent("_cut", "name swapped", "max", None, CHOICE, "G = "),
+    *(
+        Equivalent("_cut", "arithmetic", old, None, CHOICE, "loads =")
+        for old in (
+            "(bh + G * bw) * tile.BM * x.element_size()",
+            "(bh + G * bw) * tile.BM",
+            "bh + G * bw",
+            "G * bw",
+        )
+    ),
+    *(
+        Equivalent("_cut", "arithmetic", old, None, CHOICE, "parts = parts_of_sum")
+        for old in ("nnzb * bh * bw", "nnzb * bh")
+    ),
+    *(
+        Equivalent("_cut", *fault, CHOICE, "step = min(images_at_once")
+        for fault in (
+            ("arithmetic", "2 ** 31 - 1", None),
+            ("name swapped", "max", None),
+            ("constant", "1", None),
+            ("constant", "2", None),
+        )
+    ),
+    *(
+        Equivalent("_tma_fits", *fault, CHOICE)
+        for fault in (
+            (
+                "branch fixed",
+                "tma_fits(a) if has_aligned_rows(a) else max(a.shape) < 2 ** 31",
+                "tma_fits(a)",
+            ),
+            ("comparison", "max(a.shape) < 2 ** 31", None),
+            ("name swapped", "max", None),
+        )
+    ),
+    Equivalent(
+        "clear",
+        "accumulator fp16",
+        "tl.zeros(padding.shape, dtype=dw.dtype.element_ty)",
+        None,
+        "a zero is a zero",
+    ),
     # bsr_grow
     Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
     # csr_sddmm

@@ -248,6 +248,7 @@ ENDED = Problem(16, 5, 48, 48, open_end=True)
 ENDED_TMA = Problem(64, 5, 192, 192, HALF, "plain", open_end=True)
 OBLONG = Problem((64, 32), 20, 128, 128, HALF, "plain")
 EMPTY = Problem(16, 3, 32, 32, fill=0.0)
+MANY_ROWS = Problem(16, 3, 16 * 600, 16, fill=0.05)
 RAGGED_TMA = Problem(64, 9, 100, 150, HALF, "plain", 1.0)
 CUT = Problem(64, 20, 128, 120, HALF, "whole")  # descriptors would fit, but not mask the last block
 
@@ -272,6 +273,14 @@ KILLERS = {
         (hot, TINY._replace(fill=1.0), "dw"),
         (hot, RAGGED_TMA, "dw"),
         (nothing, TINY, "dw"),
+    ],
+    "groups": [
+        *((right, p, "dw") for p in (TINY, FULL, WIDE, ALIGNED, CSR, CSR_WIDE, PARTS, CSR_PARTS)),
+        *((added, p, "dw") for p in (TINY, ALIGNED)),
+        (right, MANY_ROWS, "dw"),
+        (hot, TINY._replace(fill=1.0), "dw"),
+        (hot, RAGGED_TMA, "dw"),
+        *((right, p, "dw") for p in (ENDED, ENDED_TMA, POINT, EMPTY)),
     ],
     "parts": [
         *((right, p, "dw") for p in (PARTS, PARTS_TMA)),
