@@ -163,6 +163,29 @@ EQUIVALENT = (
         None,
         "a zero is a zero",
     ),
+    # parts
+    Equivalent(
+        "_add_parts_kernel",
+        "int64 dropped",
+        "tl.program_id(0).to(tl.int64)",
+        None,
+        "a weight of 2**31 numbers is not tested",
+    ),
+    Equivalent(
+        "_add_parts_kernel",
+        "accumulator fp16",
+        "tl.zeros([BLOCK], dtype=tl.float32)",
+        None,
+        PROMOTED,
+    ),
+    # bsr_conv2d_wgrad
+    Equivalent(
+        "_cut",
+        "branch fixed",
+        "0 if has_pixel_rows(a, window.groups) else a.shape[1:].numel()",
+        "a.shape[1:].numel()",
+        CHOICE,
+    ),
     # bsr_grow
     Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
     # csr_sddmm
