@@ -52,7 +52,7 @@ _LEAST_STEPS = 8  # of a part
 # loads from L2: the first and last steps of a program, which load nothing; the start of a second
 # kernel, 3 us; and a byte of what that one reads and writes, mostly to memory.
 _IDLE_STEPS = 4
-_START_BYTES = 220_000
+START_BYTES = 220_000
 _MEMORY_BYTE = 2.8
 
 # multiprocessors where no device tells: those of an H100 or H200
@@ -224,7 +224,7 @@ def parts_of_sum(device: torch.device, groups: int, steps: int, tile: int, resul
         if parts == 1:
             return moved
         # each part is written, in the course of its programs, and read; the result has half a part
-        return moved + _START_BYTES + _MEMORY_BYTE * (8 * parts + 2) * result / many
+        return moved + START_BYTES + _MEMORY_BYTE * (8 * parts + 2) * result / many
 
     return min(range(1, max(1, steps // _LEAST_STEPS) + 1), key=loaded)
 

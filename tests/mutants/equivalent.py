@@ -163,7 +163,29 @@ EQUIVALENT = (
         None,
         "a zero is a zero",
     ),
+    Equivalent(
+        "_sum_blocks",
+        "other dropped",
+        "tl.load(col_ptr + lo + g, mask=lo + g < hi, other=_NO_COLUMN)",
+        None,
+        "a tile that is loaded for nothing",
+    ),
+    Equivalent(
+        "group_of_program",
+        "constant",
+        "1",
+        "0",
+        "only programs without a group divide by it",
+        "groups = tl.maximum",
+    ),
     # parts
+    Equivalent(
+        "_add_parts_kernel",
+        "other dropped",
+        "tl.load(out_ptr + at, mask=at < n, other=0.0)",
+        None,
+        NOT_STORED,
+    ),
     Equivalent(
         "_add_parts_kernel",
         "int64 dropped",
