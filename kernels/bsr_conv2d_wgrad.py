@@ -18,7 +18,7 @@ number for its address. Other images are copied, which costs twice their bytes.
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -208,8 +208,8 @@ def bsr_conv2d_wgrad(
                     *tensors,
                     M=images * P * Q,
                     span=cut.span,
-                    sym=(pixel_stride(dys) or 0) // unit,
-                    sxm=(pixel_stride(xs) or 0) // unit,
+                    sym=cast("int", pixel_stride(dys)) // unit,
+                    sxm=cast("int", pixel_stride(xs)) // unit,
                     ADD=ADD,
                     **sizes,
                     **cut.options,

@@ -23,7 +23,7 @@ def group_of_program(crow_ptr, pid, R, G: tl.constexpr):
         r = r0 + tl.arange(0, _ROWS)
         begin = tl.load(crow_ptr + r, mask=r < R, other=0)
         n = tl.load(crow_ptr + r + 1, mask=r < R, other=0) - begin
-        ends = seen + tl.cumsum((n + G - 1) // G, 0)
+        ends = seen + tl.cumsum(tl.cdiv(n, G), 0)
         before = ends <= pid
         row += tl.sum(before.to(tl.int32), 0)
         first = tl.maximum(first, tl.max(tl.where(before, ends, 0), 0))
@@ -31,7 +31,7 @@ def group_of_program(crow_ptr, pid, R, G: tl.constexpr):
     row = tl.where(pid < seen, row, 0)
     begin = tl.load(crow_ptr + row)
     n = tl.load(crow_ptr + row + 1) - begin
-    groups = tl.maximum((n + G - 1) // G, 1)
+    groups = tl.maximum(tl.cdiv(n, G), 1)
     size = n // groups
     larger = n - size * groups  # of which there are this many, first in the row
     at = pid - first

@@ -178,6 +178,14 @@ EQUIVALENT = (
         "only programs without a group divide by it",
         "groups = tl.maximum",
     ),
+    Equivalent(
+        "slots_of_program",
+        "arithmetic",
+        "left + R - 1",
+        None,
+        "the search rules out what it reads beyond the last row",
+    ),
+    *(Equivalent("_cut", "constant", old, None, CHOICE, "copied =") for old in ("0", "1")),
     # parts
     Equivalent(
         "_add_parts_kernel",
