@@ -13,12 +13,12 @@ from . import launch
 from .tables import find
 
 __all__ = [
-    "CHANNELS",
     "COLUMNS",
     "Window",
     "block_options",
     "by_images",
     "channels_adjacent",
+    "channels_layout",
     "columns_adjacent",
     "empty_images",
     "entry_options",
@@ -29,6 +29,7 @@ __all__ = [
     "output_size",
     "pixel_rows",
     "pixel_stride",
+    "pixel_strides",
     "wanted_format",
     "window_options",
 ]
@@ -154,8 +155,33 @@ class Layout(NamedTuple):
     memory_format: torch.memory_format
 
 
-CHANNELS = Layout(has_adjacent_channels, channels_adjacent, torch.channels_last)
 COLUMNS = Layout(has_adjacent_columns, columns_adjacent, torch.contiguous_format)
+
+
+def channels_layout(groups: int) -> Layout:
+    """How images must lie for the BSR kernels to load 16 bytes at once: see `pixel_rows`."""
+
+    def fits(a: torch.Tensor) -> bool:
+        unit, strides = launch.load_unit(a.dtype), a.stride()
+        return (
+            strides[1] == 1
+            and a.shape[1] // groups % unit == 0
+            and all(strides[dim] % unit == 0 for dim in (0, 2, 3))
+            and a.data_ptr() % 16 == 0
+        )
+
+    def copied(a: torch.Tensor) -> torch.Tensor:
+        return a if fits(a) else pixel_rows(a, groups)
+
+    return Layout(fits, copied, torch.channels_last)
+
+
+def pixel_strides(a: torch.Tensor, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Elements between images, rows and pixels of (H, W) images, or of what `pixel_rows` made."""
+    if a.dim() == 2:
+        step, (H, W) = a.stride(0), size
+        return H * W * step, W * step, step
+    return a.stride(0), a.stride(2), a.stride(3)
 
 
 def by_images(
