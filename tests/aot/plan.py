@@ -173,6 +173,7 @@ def sddmm_plan(case):
         "BW": bw,
         "G": max(1, c.LANES // bw),
         "ADD": case.variant == "add",
+        "UNIT": 4 if case.dtype == "fp32" else 8,
     }
     if case.key.loads == "pointer":
         return _bsr_sddmm_kernel, constants, {}
@@ -209,7 +210,8 @@ def conv_plan(case):
     del constants["syn"]  # here the stride of an image
     if case.key.op == "conv2d_wgrad":
         blocks = {"BH": out, "BW": reduce, "G": max(1, c.LANES // reduce)}
-        return _bsr_conv2d_wgrad_kernel, constants | blocks | {"ADD": case.variant == "add"}, {}
+        blocks |= {"ADD": case.variant == "add", "UNIT": 4 if case.dtype == "fp32" else 8}
+        return _bsr_conv2d_wgrad_kernel, constants | blocks, {}
     constants |= {"IN": reduce, "OUT": out, "BK": c.BK, "GROUP": c.GROUP}
     if case.key.op == "conv2d":
         return _bsr_conv2d_kernel, constants | {"HAS_BIAS": True}, {}
