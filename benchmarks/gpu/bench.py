@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.gpu.agenda import Row
 from benchmarks.gpu.cases import Plan
-from benchmarks.gpu.correctness import Gate, Row, is_exact
+from benchmarks.gpu.correctness import Gate, is_exact
 from sparsekern.cost.roofline import OPERATIONS, Prediction, Problem, Roofline, Total, device_named
 from sparsekern.cost.timing import WARM_UPS, Clock, Run, Timing, clock_of, rounds_in, take_turns
 from sparsekern.errors import told
@@ -46,6 +47,10 @@ class Bench:
     def late(self) -> bool:
         """Whether the time of this part is up."""
         return time.monotonic() >= self.deadline
+
+    def most(self, rounds: int) -> int:
+        """So many rounds, or as few as the plan takes."""
+        return min(rounds, self.plan.rounds)
 
     def time(self, runs: Mapping[str, Run]) -> Timing:
         """Time all `runs` in turns; slow ones get fewer rounds."""
