@@ -48,9 +48,9 @@ class Bench:
         """Whether the time of this part is up."""
         return time.monotonic() >= self.deadline
 
-    def most(self, rounds: int) -> int:
-        """So many rounds, or as few as the plan takes."""
-        return min(rounds, self.plan.rounds)
+    def times(self, count: int) -> int:
+        """How often to repeat what a plan that measures repeats so often."""
+        return count if self.plan.rounds > 1 else 1
 
     def time(self, runs: Mapping[str, Run]) -> Timing:
         """Time all `runs` in turns; slow ones get fewer rounds."""

@@ -41,7 +41,7 @@ class Here:
     def do(self, case: Case, silence: float, until: float) -> Answer:
         """Carry out one case, to the end whatever it takes."""
         del silence
-        begin, rows, error = time.monotonic(), [], None
+        begin, rows, error = time.monotonic(), list[Row](), None
         try:
             rows.extend(case.run(self._bench(until)))
         except Exception as failure:  # reported, and the next case goes on

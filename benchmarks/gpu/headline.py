@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.gpu.agenda import Case, Row
 from benchmarks.gpu.bench import Bench
@@ -26,7 +27,7 @@ from sparsekern.tuning.trial import precision
 
 KIND = "bf16"
 HOST_TOKENS, HOST_EDGE = 64, 512  # so little work that the GPU waits for the host
-HOST_CALLS = 100
+HOST_CALLS, HOST_BURSTS = 100, 7
 
 
 def headline(plan: Plan, device: torch.device) -> list[Case]:
@@ -71,28 +72,35 @@ def _product(bench: Bench, edge: int, operation: str) -> Iterator[Row]:
 def _host(bench: Bench, edge: int) -> Iterator[Row]:
     """Microseconds until a call returns, with work that a GPU has done long before."""
     torch.manual_seed(0)
-    dense = torch.nn.Linear(HOST_EDGE, HOST_EDGE, dtype=torch.bfloat16)
+    size = bench.plan.layer_edge if bench.plan.dry else HOST_EDGE
+    dense = nn.Linear(size, size, dtype=torch.bfloat16)
     sparse = SparseLinear(
-        HOST_EDGE, HOST_EDGE, block=edge, sparsity=1 - HEADLINE, dtype=torch.bfloat16, impl="triton"
+        size, size, block=edge, sparsity=1 - HEADLINE, dtype=torch.bfloat16, impl="triton"
     )
-    x = torch.randn(HOST_TOKENS, HOST_EDGE).to(bench.device, torch.bfloat16).requires_grad_()
-    dy = torch.randn(HOST_TOKENS, HOST_EDGE).to(bench.device, torch.bfloat16)
+    x = torch.randn(HOST_TOKENS, size).to(bench.device, torch.bfloat16).requires_grad_()
+    dy = torch.randn(HOST_TOKENS, size).to(bench.device, torch.bfloat16)
     verdict = bench.gate.verdict("three", (edge, edge), KIND)
     row: Row = {"what": "host time of a call", "block": [edge, edge], "status": verdict}
     if verdict != "ok":
         yield row
         return
-    calls = 1 if bench.plan.dry else HOST_CALLS
+    calls = bench.times(HOST_CALLS)
     for name, layer in (("", sparse.to(bench.device)), ("dense_", dense.to(bench.device))):
-        row[f"{name}forward_us"] = _issued(bench, lambda m=layer: m(x), calls)
-        row[f"{name}forward_backward_us"] = _issued(bench, lambda m=layer: m(x).backward(dy), calls)
+        forward: Run = partial(layer, x)
+        row[f"{name}forward_us"] = _issued(bench, forward, calls)
+        both: Run = partial(_both, layer, x, dy)
+        row[f"{name}forward_backward_us"] = _issued(bench, both, calls)
     yield row
+
+
+def _both(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    torch.autograd.backward(layer(x), dy)
 
 
 def _issued(bench: Bench, run: Run, calls: int) -> float:
     """Median over bursts: after one call the queue is empty, and so few never fill it."""
     found = []
-    for _ in range(1 if bench.plan.dry else 7):
+    for _ in range(bench.times(HOST_BURSTS)):
         run()
         synchronize(bench.device)
         begin = time.perf_counter()

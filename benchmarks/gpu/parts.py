@@ -29,7 +29,8 @@ CONV = (
     *("sparsekern/cost/timing.py", "benchmarks/gpu/bench.py"),
 )
 LAYER = (*LINEAR, "sparsekern/nn/linear.py", "sparsekern/nn/base.py")
-RESIDENT = "kernels/*resident*.py"
+RESIDENT = ("kernels/*resident*.py",)
+GLUON = (*RESIDENT, "kernels/*persistent*.py", "kernels/dealing.py")
 SPMM = ("spmm", "sddmm/")
 
 
@@ -51,18 +52,18 @@ def _of(module: str, name: str) -> Callable[[Plan, torch.device], list[Case]]:
 
 PARTS = {
     "shipped": Part(_of("correctness", "shipped"), 45, (*LINEAR, *GROW), (*SPMM, "grow/"), 8),
-    "headline": Part(_of("headline", "headline"), 70, (*LINEAR, _own("headline")), SPMM),
-    "steps": Part(_of("steps", "steps"), 60, (*LAYER, _own("steps")), SPMM),
+    "headline": Part(_of("headline", "headline"), 80, (*LINEAR, _own("headline")), SPMM),
+    "steps": Part(_of("steps", "steps"), 55, (*LAYER, _own("steps")), SPMM),
     "layers": Part(_of("layers", "layers"), 12, (*LAYER, _own("layers")), SPMM),
     "variants": Part(
-        _of("variants", "variants"), 55, (*LINEAR, RESIDENT, _own("variants")), (*SPMM, "grow/")
+        _of("variants", "variants"), 55, (*LINEAR, *GLUON, _own("variants")), (*SPMM, "grow/")
     ),
     "conv": Part(_of("conv", "conv"), 45, (*CONV, _own("conv")), ("conv2d", "csr_conv2d")),
     "others": Part(
         _of("correctness", "others"), 40, (*UNSTRUCTURED, *GROW), (*SPMM, "csr_", "grow/"), 8
     ),
-    "bsr": Part(_of("speed", "bsr"), 60, LINEAR, SPMM),
-    "resident": Part(_of("resident", "resident"), 35, (*LINEAR, RESIDENT, _own("resident")), SPMM),
+    "bsr": Part(_of("speed", "bsr"), 55, LINEAR, SPMM),
+    "resident": Part(_of("resident", "resident"), 35, (*LINEAR, *RESIDENT, _own("resident")), SPMM),
     "update": Part(_of("update", "update"), 28, (*LAYER, *GROW, _own("update")), (*SPMM, "grow/")),
     "dense": Part(_of("speed", "dense"), 6, LINEAR),
     "probe": Part(_of("probe", "probe"), 7, (*LINEAR, _own("probe")), SPMM),

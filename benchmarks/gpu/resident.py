@@ -119,7 +119,7 @@ def _row(bench: Bench, case: Product) -> Iterator[Row]:
         yield row | {"status": f"not run: {reason}"}
         return
     with torch.no_grad():
-        yield row | judge(case, bench.device, bench.clock, launch_held, bench.most(REPEATS))
+        yield row | judge(case, bench.device, bench.clock, launch_held, bench.times(REPEATS))
 
 
 def _refusal(bench: Bench) -> str:

@@ -159,7 +159,7 @@ def _graph_case(bench: Bench, block: Block, density: float) -> Iterator[Row]:
         o = bench.operands(bench.plan.graph_shape, block, density, "bf16")
         verdicts = bench.verdicts(o)
         sparse, cublas = sparse_runs(o), dense_for(o)
-        repeats = 1 if bench.plan.dry else EAGER_REPEATS
+        repeats = bench.times(EAGER_REPEATS)
         for operation, verdict in verdicts.items():
             timing, eager = None, {}
             if verdict == "ok":

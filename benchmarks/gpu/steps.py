@@ -63,7 +63,7 @@ class Training(NamedTuple):
     def step(self) -> None:
         """One weight step."""
         self.optimizer.zero_grad()
-        self.loss(self.model(self.x)).backward()
+        torch.autograd.backward(self.loss(self.model(self.x)))
         self.optimizer.step()
 
 
@@ -95,7 +95,7 @@ def _eager(bench: Bench, size: Size, edge: int) -> Iterator[Row]:
     clock, dry = HostClock(bench.device), bench.plan.dry
     runs = {"sparse": sparse.step, "dense": dense.step}
     timing = take_turns(
-        lambda step: clock.wall(step, 1 if dry else BURST), runs, bench.most(ROUNDS)
+        lambda step: clock.wall(step, 1 if dry else BURST), runs, bench.times(ROUNDS)
     )
     row |= {"ms": timing.ms("sparse"), "dense_ms": timing.ms("dense")}
     yield row | {"ratio": statistics.median(timing.ratios("dense", "sparse"))}
@@ -127,8 +127,9 @@ def _training(bench: Bench, size: Size, edge: int | None) -> Training:
     model, x, loss = (_gpt if size.depth else _layer)(size, edge)
     model, x = model.to(bench.device, DTYPE), x.to(bench.device)
     # a graph can't ask the host for the number of the step
-    options = {"capturable": True} if bench.device.type == "cuda" else {}
-    return Training(model, torch.optim.AdamW(model.parameters(), lr=1e-4, **options), x, loss)
+    fixed = bench.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=fixed)
+    return Training(model, optimizer, x, loss)
 
 
 def _layer(size: Size, edge: int | None) -> tuple[nn.Module, Tensor, Loss]:

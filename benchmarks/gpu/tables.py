@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import statistics
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.report import CHECKS, densities, line, measured, wrong_checks
 from benchmarks.gpu.store import Content, rows_of
-from sparsekern.cost.roofline import Device, device_named
+from sparsekern.cost.roofline import Device, Problem, device_named
 from sparsekern.show.tables import markdown as table
 
 GAIN = 1.03  # an entry that is faster by less stays as it is
@@ -88,11 +89,10 @@ def expected(row: Row, device: Device | None) -> tuple[str, str]:
     known = importlib.util.find_spec("benchmarks.gpu.model") is not None
     if device is None or not known or row["operation"] == "three":
         return "-", "-"
-    from benchmarks.gpu import model  # noqa: PLC0415  needs triton
-
-    sizes = {"tokens": row["M"], "inputs": row["K"], "outputs": row["N"]}
-    case = model.shipped(row["operation"], row["block"][0], row["density"], **sizes)
-    found = model.answer(case, device)
+    model: Any = importlib.import_module("benchmarks.gpu.model")  # needs triton
+    sizes = (row["M"], row["K"], row["N"])
+    problem = Problem(*sizes, (row["block"][0], row["block"][1]), row["density"])
+    found = model.answer(model.shipped(row["operation"], row["block"][0], problem), device)
     (fast, slow), (high, low) = found.us, found.ceiling
     return f"{fast:.0f}-{slow:.0f}", f"{100 * low:.0f}-{100 * high:.0f}"
 

@@ -26,7 +26,7 @@ from sparsekern.errors import told
 from sparsekern.kernels import tables
 from sparsekern.kernels.bsr_grow import bsr_grow
 from sparsekern.kernels.launch import arch_class, rows_class
-from sparsekern.kernels.tables import Key, RingConfig
+from sparsekern.kernels.tables import Key
 from sparsekern.tuning.entries import is_read, launching
 from sparsekern.tuning.trial import (
     Operands,
@@ -47,8 +47,11 @@ FORWARD: Mapping[str, tuple[int, ...]] = {
     "GROUP": (1, 4, 16),
 }
 GROUPS = (1, 2, 4, 8)
-BEHIND_ENTRIES: Mapping[str, tuple[Any, ...]] = {"resident": (RingConfig(64),)}
-"""Configurations of kernels that no shipped table asks for, by the end of their names."""
+BEHIND_ENTRIES: Mapping[str, Mapping[str, int]] = {
+    "persistent": {"num_stages": 8},
+    "resident": {"RING_KB": 64},
+}
+"""Entries of kernels that no shipped table asks for, by the end of their operations' names."""
 MOST_SUMS = 128  # fp32 accumulators of a thread; more would spill
 
 
@@ -94,12 +97,11 @@ def _operands(bench: Bench, edge: int) -> Operands:
 
 def _entries(operation: str, edge: int) -> list[Trial]:
     """Kernels that a launch table may ask for, and that no shipped one does."""
-    op = KERNELS[operation]
+    names = {f"{KERNELS[operation]}_{name}": fields for name, fields in BEHIND_ENTRIES.items()}
     return [
-        Trial(f"{name} {config}", Key(f"{op}_{name}", "half", str(edge), "any", "tma"), config)
-        for name, configs in BEHIND_ENTRIES.items()
-        for config in configs
-        if f"{op}_{name}" in tables.OPTIONAL
+        Trial(op.rpartition("_")[2], Key(op, "half", str(edge), "any", "tma"), made(**fields))
+        for op, fields in names.items()
+        if (made := tables.OPTIONAL.get(op)) is not None
     ]
 
 
