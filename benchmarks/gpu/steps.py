@@ -63,6 +63,7 @@ class Training(NamedTuple):
     def step(self) -> None:
         """One weight step."""
         self.optimizer.zero_grad()
+        self.x.grad = None
         torch.autograd.backward(self.loss(self.model(self.x)))
         self.optimizer.step()
 
@@ -126,6 +127,7 @@ def _training(bench: Bench, size: Size, edge: int | None) -> Training:
     torch.manual_seed(0)
     model, x, loss = (_gpt if size.depth else _layer)(size, edge)
     model, x = model.to(bench.device, DTYPE), x.to(bench.device)
+    x.requires_grad_(x.is_floating_point())  # there: a copy's gradient would travel back
     # a graph can't ask the host for the number of the step
     fixed = bench.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=fixed)
@@ -140,7 +142,7 @@ def _layer(size: Size, edge: int | None) -> tuple[nn.Module, Tensor, Loss]:
             size.width, size.outputs, sparsity=1 - HEADLINE, block=edge, impl="triton"
         )
     )
-    x = torch.randn(size.tokens, size.width).to(DTYPE).requires_grad_()
+    x = torch.randn(size.tokens, size.width).to(DTYPE)
     return model, x, _squares
 
 
