@@ -239,3 +239,25 @@ def test_without_nvidia_smi_clocks_are_unknown(monkeypatch):
     monkeypatch.setattr(clocks.shutil, "which", lambda _: None)
     with clocks.Clocks() as watch:
         assert set(watch.since(0.0).values()) == {None}
+
+
+# ---- rehearsals
+
+
+def test_large_products_are_left_out_of_a_rehearsal():
+    from benchmarks.gpu.rehearse import LARGE, Untouched
+
+    edge = int(LARGE**0.5) + 1
+    small = torch.arange(4.0).view(2, 2)
+    with Untouched():
+        x = torch.randn(edge, edge, generator=torch.Generator()).bfloat16()
+        y = x @ x.t()
+        x.normal_().add_(1)
+        different = x != torch.zeros_like(x)
+        draws = torch.randint(-3, 4, (edge, edge), generator=torch.Generator()).to(torch.float16)
+        assert torch.equal(small @ small, torch.tensor([[2.0, 3.0], [6.0, 11.0]]))
+        order = torch.rand(LARGE + 2).argsort()
+    assert (y.shape, y.dtype) == ((edge, edge), torch.bfloat16)
+    assert draws.dtype == torch.float16
+    assert not different.any()
+    assert torch.equal(order.sort().values, torch.arange(LARGE + 2))  # topologies are drawn

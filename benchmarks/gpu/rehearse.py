@@ -115,10 +115,14 @@ def _stand_in(cache: Path) -> Iterator[None]:
         importlib.import_module("launch.standin")
         from sparsekern.ops import dispatch  # noqa: PLC0415  after the stand-in driver
 
-        # else memory that must not be touched would be filled with NaN
-        unfilled = mock.patch.object(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        with mock.patch.object(dispatch, "_check_triton"), unfilled:
-            yield
+        filling: Any = torch.utils.deterministic
+        before = filling.fill_uninitialized_memory
+        filling.fill_uninitialized_memory = False  # memory that must not be touched, with NaN
+        try:
+            with mock.patch.object(dispatch, "_check_triton"):
+                yield
+        finally:
+            filling.fill_uninitialized_memory = before
 
 
 class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -147,6 +151,8 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         except Exception:  # it depends on data
             return func(*args, **given)
+        if func._schema.name not in DRAWS and any(_is_index(t) for t in tree_iter(shapes)):
+            return func(*args, **given)  # an order, by which a topology is drawn
         return tree_map(_memory, shapes)
 
 
@@ -170,6 +176,12 @@ def _nowhere(func: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Where an operator is told a device, none with memory."""
     draws = func._schema.name in DRAWS
     return {"device": "meta"} if draws or kwargs.get("device") is not None else {}
+
+
+def _is_index(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return False
+    return not value.is_floating_point()
 
 
 def _memory(value: Any) -> Any:

@@ -55,3 +55,19 @@ def test_kernels_travel(tmp_path):
         assert again["made"] == 0
         assert again["found"] == again["kernels"] == first["kernels"]
         assert again["launches"] == first["launches"] > 0
+
+
+def test_a_rehearsal_walks_through_a_part(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--rehearse"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path, "--parts", "dense", "layers"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[dense] dense 8192x4096x4096 bf16: 0 kernels" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("0 cases failed, 0 not begun; ")
+    assert (tmp_path / "compiled.tar.xz").exists()
