@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_iter, tree_map
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 GPTS = ((256, 1, 128, 8), (2048, 1, 128, 64))
 """Launches like those of the full ones: as wide, as many tokens, one block deep."""
-LARGE = 2**18  # numbers of a tensor
+LARGE = 2**16  # numbers of a tensor
 ARCHIVE = "compiled.tar.xz"
 DRAWS = ("aten::randn", "aten::randint", "aten::normal_functional")
 
