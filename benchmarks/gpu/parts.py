@@ -29,7 +29,7 @@ CONV = (
     *("sparsekern/cost/timing.py", "benchmarks/gpu/bench.py"),
 )
 LAYER = (*LINEAR, "sparsekern/nn/linear.py", "sparsekern/nn/base.py")
-RESIDENT = ("kernels/*resident*.py",)
+RESIDENT = ("kernels/*resident*.py", "kernels/optional.py")
 GLUON = (*RESIDENT, "kernels/*persistent*.py", "kernels/dealing.py")
 SPMM = ("spmm", "sddmm/")
 
