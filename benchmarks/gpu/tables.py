@@ -83,7 +83,7 @@ def headline(content: Content) -> list[str]:
 
 
 def expected(row: Row, device: Device | None) -> tuple[str, str]:
-    """Modelled microseconds and share of the ceiling in percent, as ranges; "-" where there are none."""
+    """Modelled microseconds and percent of the ceiling, as ranges; "-" where there are none."""
     if device is None or row["operation"] == "three":
         return "-", "-"
     from benchmarks.gpu import model  # noqa: PLC0415  needs triton
