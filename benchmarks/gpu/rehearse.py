@@ -82,7 +82,7 @@ def _cases(parts: Sequence[str] | None) -> Iterator[tuple[str, Any, Any]]:
             del name, block, kind
             return "ok"
 
-    device, plan = torch.device("cpu"), replace(FULL, rounds=1, gpts=GPTS)
+    device, plan = torch.device("cpu"), replace(FULL, rounds=1, gpts=GPTS, probe_bytes=2**20)
     for name in PARTS if parts is None else parts:
         for case in PARTS[name].cases(plan, device):
             if case.name in VALUES_DECIDE:
