@@ -15,8 +15,10 @@ DATA ?=
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 GPU_OUT ?= runs/gpu
+GPU_KERNELS ?= runs/gpu-kernels
+GPU_TABLE ?= $(GPU_OUT)/table.json
 
-.PHONY: demo test check aot launch lock bench bench-quick end-to-end scale readme gpu clean
+.PHONY: demo test check aot launch lock bench bench-quick end-to-end scale readme gpu gpu-kernels gpu-tune clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -90,10 +92,23 @@ scale: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/python -m benchmarks.readme
 
-# Correctness and speed on this machine's GPU. No virtual environment: PYTHON must hold torch and
-# triton already. Goes on where it stopped; GPU_OUT=benchmarks/results/NAME feeds the README.
+# Correctness and speed on this machine's GPU in nine minutes. No virtual environment: PYTHON must
+# hold torch and triton already. Goes on from what lies in GPU_OUT and in benchmarks/results/gpu,
+# with the kernels that `make gpu-kernels` has packed, if they are there.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
+	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) \
+		$(addprefix --compiled ,$(wildcard $(GPU_KERNELS)/compiled.tar.xz))
+
+# Compile the kernels of `make gpu` without a GPU, over the stand-in driver, with the triton that the
+# GPU's machine has: a good hour of one core. Goes on where it stopped.
+gpu-kernels:
+	$(PYTHON) -m benchmarks.gpu --rehearse --budget-s 7200 --out $(GPU_KERNELS)
+
+# Search for better launch configurations on this machine's GPU, in nine minutes, the most used
+# first. Goes on with the keys that are not in GPU_TABLE yet.
+gpu-tune:
+	mkdir -p $(dir $(GPU_TABLE))
+	$(PYTHON) -m sparsekern tune --out $(GPU_TABLE) --budget-s 530
 
 clean:
 	rm -rf $(VENV) $(VENV_OLD) build dist runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

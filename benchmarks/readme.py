@@ -14,8 +14,10 @@ from typing import Any
 
 from benchmarks import cpu_tables
 from benchmarks.cpu_tables import from_json, from_suite, table, weights
+from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.conv import FULL as CONV_CASES
 from benchmarks.gpu.report import SHAPE, break_even, measured
+from benchmarks.gpu.store import rows_of
 from benchmarks.result_files import RESULTS
 from sparsekern.cost.roofline import H200, Device, Problem, Roofline, device_named
 from sparsekern.show.output_files import write_whole
@@ -84,7 +86,7 @@ def char_lm(results: dict[str, Any]) -> str:
 def gpu_conv(found: list[tuple[Path, dict[str, Any]]]) -> str:
     """The 3x3 layer of 256 channels: what the model allows, and what each GPU's run found."""
     lines = []
-    rows = [row for _, content in found for row in content["parts"].get("conv", {}).get("rows", [])]
+    rows = [row for _, content in found for row in rows_of(content, "conv")]
     for case in CONV_CASES:
         if case.shape != CONV_CASES[0].shape or case.density != GPU_DENSITY:
             continue
@@ -94,7 +96,7 @@ def gpu_conv(found: list[tuple[Path, dict[str, Any]]]) -> str:
             measured_ones = [
                 f"{row['ratio']:.2g}x"
                 for row in rows
-                if row["status"] == "ok"
+                if row["status"] == "ok"  # a failed row has no more
                 and row["operation"] == operation
                 and (row["K"], row["N"], row["edge"]) == (problem.K, problem.N, case.shape.edge)
                 and row["block"] == list(case.block)
@@ -111,7 +113,7 @@ def gpu(found: list[tuple[Path, dict[str, Any]]]) -> str:
         return _gpu_table(H200, None)
     tables = []
     for path, content in found:
-        key, facts = content["key"], content["environment"]
+        key, facts = content["key"], content["runs"][-1]
         place = f"../{path.relative_to(ROOT).as_posix()}"  # from docs/
         tables.append(
             f"{_gpu_table(device_named(key['device']), content)}\n\n"
@@ -137,10 +139,28 @@ def _gpu_table(device: Device | None, content: dict[str, Any] | None) -> str:
     return table([*GPU_HEAD, "break-even density: model", "measured"], lines)
 
 
+def gpu_headline(found: list[tuple[Path, dict[str, Any]]]) -> str:
+    """The numbers that decide, of each GPU with results, beside what was modelled."""
+    return _of_each(found, gpu_tables.headline)
+
+
+def gpu_steps(found: list[tuple[Path, dict[str, Any]]]) -> str:
+    """Training steps of each GPU with results."""
+    return _of_each(found, gpu_tables.steps)
+
+
+def _of_each(
+    found: list[tuple[Path, dict[str, Any]]], lines: Callable[[dict[str, Any]], list[str]]
+) -> str:
+    tables = [
+        "\n".join([f"{content['key']['device']}:", "", *lines(content)]) for _, content in found
+    ]
+    return "\n\n".join(tables) or "Not yet measured."
+
+
 def gpu_results() -> list[tuple[Path, dict[str, Any]]]:
-    """Result files of GPUs, by folder; none of a dry run."""
-    paths = sorted(p for p in RESULTS.glob("*/speed.json") if p.parent.name != "cpu")
-    contents = [(path, json.loads(path.read_text())) for path in paths]
+    """Result files of GPUs, by name; none of a dry run."""
+    contents = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu/*.json"))]
     return [(path, content) for path, content in contents if not content["dry"]]
 
 
@@ -152,6 +172,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "end-to-end": from_json("end_to_end", cpu_tables.end_to_end),
     "gpu": lambda: gpu(gpu_results()),
     "gpu-conv": lambda: gpu_conv(gpu_results()),
+    "gpu-headline": lambda: gpu_headline(gpu_results()),
+    "gpu-steps": lambda: gpu_steps(gpu_results()),
     "scale": from_json("scale", scale),
     "accuracy": from_json("accuracy", accuracy),
     "conv-accuracy": from_json("conv_accuracy", conv_accuracy),

@@ -49,7 +49,10 @@ def test_a_variant_that_is_wrong_or_has_no_room_gets_no_number(monkeypatch):
     before = dict(tables.table("sm90"))
     monkeypatch.setattr(bsr_spmm, "_launch_pointer", full)
     monkeypatch.setattr(backend, "bsr_sddmm", wrong_by_twos)
-    rows = {row["what"]: row for row in variants(bench_of(cases.DRY))}
+    bench = bench_of(cases.DRY)
+    asked = [c for c in variants(bench.plan, bench.device) if "resident" not in c.name]
+    found = [row for case in asked if "persistent" not in case.name for row in case.run(bench)]
+    rows = {row["what"]: row for row in found}
     assert rows["forward pointer"]["status"] == "out of resources"
     assert "Required: 300000" in report.line(rows["forward pointer"])
     assert rows["dw G=2"]["status"] == "incorrect"
@@ -57,7 +60,7 @@ def test_a_variant_that_is_wrong_or_has_no_room_gets_no_number(monkeypatch):
     for name in ("forward pointer", "dw G=2"):
         assert rows[name]["ms"] is rows[name]["ratio"] is None
         assert "tflops" not in rows[name]
-    for name in ("forward shipped", "forward num_stages=2", "dw shipped", "dw G=1", "grow kernel"):
+    for name in ("forward num_stages=2", "dw G=1", "grow kernel"):
         assert rows[name]["status"] == "ok"
         assert rows[name]["ms"] > 0
     assert tables.table("sm90") == before  # what was taken away is back
@@ -81,26 +84,28 @@ def test_all_variants_of_a_full_run():
     pytest.importorskip("triton")
     from benchmarks.gpu import variants
 
-    found = {}
+    shape, found = cases.FULL.variant_shape, {}
     for edge in (128, 64, 32, 16):
-        topology = kit.random_topology(
-            cases.FULL.variant_shape, (edge, edge), 0.1, torch.device("cpu")
-        )
-        nothing = torch.empty(0, 0, dtype=torch.bfloat16)
-        o = kit.Operands(topology, "bf16", 0.1, nothing, nothing, nothing)
-        forward = variants._forward_trials(o, few=False) if edge >= 64 else []
-        dw = variants._dw_trials(o, few=False) if edge <= 64 else []
-        found |= {(edge, trial.name): trial for trial in forward + dw}
-    assert 25 <= len(found) <= 36
-    assert {name for edge, name in found if edge == 64} == {
-        *("shipped", "num_stages=2", "num_stages=4", "num_stages=5", "SWAP=True", "BM=256"),
-        *("GROUP=1", "GROUP=4", "GROUP=16", "as long rows", "pointer", "G=1", "G=2", "G=8"),
-    }
+        forward = variants._forward_trials("sm90", shape, edge, 0.1, few=False)
+        dw = variants._dw_trials("sm90", edge, few=False)
+        found |= {(edge, t.name): t for t in [*(forward if edge >= 64 else []), *dw]}
+    names = {name for edge, name in found if edge == 64}
+    changed = {f"{field}={v}" for field, values in variants.FORWARD.items() for v in values}
+    assert names <= {*changed, "as long rows", "pointer", *(f"G={g}" for g in variants.GROUPS)}
+    assert {"pointer", "as long rows", "G=1", "G=8"} <= names
     assert found[64, "G=8"].config.LANES == 512
     assert found[64, "G=8"].config.num_warps == 8
-    assert found[16, "G=1"].config.num_warps == found[16, "shipped"].config.num_warps
     assert found[64, "pointer"].key.loads == "pointer"
-    assert found[64, "shipped"].key.loads == found[64, "G=8"].key.loads == "tma"
+    assert found[64, "G=8"].key.loads == "tma"
+
+
+def test_every_optional_entry_is_tried():
+    pytest.importorskip("triton")
+    from benchmarks.gpu.variants import _entries
+    from sparsekern.kernels import tables
+
+    tried = {trial.key.op for op in ("forward", "dx") for trial in _entries(op, 64)}
+    assert tried == set(tables.OPTIONAL)
 
 
 @interpreted
@@ -111,7 +116,9 @@ def test_the_resident_kernel_gets_a_number_only_if_right(operation, monkeypatch)
     from sparsekern.tuning.trial import products
 
     monkeypatch.setattr(resident, "DENSITY", 0.5)
-    case = resident.Case(operation, (16, 16), 16, 32, 32, bias=operation == "forward", timed=True)
+    case = resident.Product(
+        operation, (16, 16), 16, 32, 32, bias=operation == "forward", timed=True
+    )
     calls = 0
 
     def right(operation, o, bias):
@@ -169,41 +176,3 @@ def test_the_resident_cases_fit_and_come_in_order():
     first = resident.CASES[0]
     assert (first.operation, first.block, first.held) == ("forward", (32, 32), 256)
     assert [case.timed for case in resident.CASES] == sorted(c.timed for c in resident.CASES)
-
-
-WORKER = """
-import json, os, sys, time
-for n in map(int, sys.argv[1:]):
-    if n == 1:
-        print("died of it", file=sys.stderr, flush=True)
-        os._exit(9)
-    if n == 3:
-        time.sleep(60)
-    print("a warning")
-    print(json.dumps({"status": "ok", "n": n}), flush=True)
-    if n == 4:
-        sys.exit(75)
-"""
-
-
-def test_cases_outlive_the_workers_that_die_of_them():
-    import time
-
-    from benchmarks.gpu.supervise import supervised
-
-    begin = time.monotonic()
-    found = list(supervised([sys.executable, "-c", WORKER], range(6), 3.0, begin + 60))
-    assert [row.get("n") for row in found] == [0, None, 2, None, 4, 5]
-    assert found[1]["status"] == "failed: the process ended with code 9: died of it"
-    assert found[3]["status"] == "failed: no answer after 3 s"
-    assert time.monotonic() - begin < 30
-
-    found = list(
-        supervised([sys.executable, "-c", "raise SystemExit(4)"], range(5), 3.0, begin + 60)
-    )
-    assert [row["status"] for row in found] == [
-        *["failed: the process ended with code 4: nothing on stderr"] * 4,
-        "not run: 4 processes died before it",
-    ]
-    found = list(supervised([sys.executable, "-c", WORKER], [0, 3], 30.0, time.monotonic() + 2))
-    assert [row["status"] for row in found][-1] == "not run: out of time"

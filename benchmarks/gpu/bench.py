@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.gpu.agenda import Row
 from benchmarks.gpu.cases import Plan
-from benchmarks.gpu.correctness import Gate, Row, is_exact
+from benchmarks.gpu.correctness import Gate, is_exact
 from sparsekern.cost.roofline import OPERATIONS, Prediction, Problem, Roofline, Total, device_named
 from sparsekern.cost.timing import WARM_UPS, Clock, Run, Timing, clock_of, rounds_in, take_turns
 from sparsekern.errors import told
@@ -46,6 +47,10 @@ class Bench:
     def late(self) -> bool:
         """Whether the time of this part is up."""
         return time.monotonic() >= self.deadline
+
+    def times(self, count: int) -> int:
+        """How often to repeat what a plan that measures repeats so often."""
+        return count if self.plan.rounds > 1 else 1
 
     def time(self, runs: Mapping[str, Run]) -> Timing:
         """Time all `runs` in turns; slow ones get fewer rounds."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from sparsekern.tuning.trial import Block, Shape
 
+HEADLINE = 0.1
+"""Density of the first numbers anyone asks for, at the first shape."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,6 +31,9 @@ class Plan:
         csr_edge: K and N of the checks of unstructured weights.
         layer_edge: inputs of the layers that are checked.
         rounds: of a timing, at most; its median is reported.
+        step_tokens: of the steps of one layer, whose sizes are those of the first shape.
+        gpts: (width, depth, tokens of a sequence, sequences) of the GPTs whose steps are timed.
+        gpt_blocks: of their weights.
         probe_bytes: of the copy that measures memory bandwidth.
         probe_edge: of the cube that measures the dense rate.
         variant_shape: of the variants that are compared.
@@ -56,6 +62,9 @@ class Plan:
     csr_edge: int
     layer_edge: int
     rounds: int
+    step_tokens: int
+    gpts: tuple[tuple[int, int, int, int], ...]
+    gpt_blocks: tuple[int, ...]
     probe_bytes: int
     probe_edge: int
     variant_shape: Shape
@@ -72,7 +81,7 @@ FULL = Plan(
     kinds=("tf32", "fp32"),
     other_density=0.1,
     blocks=(128, 64, 32, 16),
-    densities=(0.5, 0.2, 0.1, 0.05, 0.02),
+    densities=(0.1, 0.05, 0.2, 0.5, 0.02),
     csr_densities=(0.1, 0.05, 0.02, 0.01),
     peer_densities=(0.5, 0.1, 0.02),
     checked_blocks=(
@@ -89,6 +98,9 @@ FULL = Plan(
     csr_edge=256,
     layer_edge=256,
     rounds=20,
+    step_tokens=8192,
+    gpts=((256, 4, 128, 8), (2048, 4, 1024, 8)),
+    gpt_blocks=(64, 32),
     probe_bytes=2**32,
     probe_edge=8192,
     variant_shape=Shape(8192, 4096, 4096),
@@ -105,7 +117,7 @@ DRY = Plan(
     kinds=("fp32",),
     other_density=0.5,
     blocks=(16,),
-    densities=(0.5,),
+    densities=(0.1, 0.5),
     csr_densities=(0.1,),
     peer_densities=(0.5,),
     checked_blocks=((16, 16), (1, 1)),
@@ -118,6 +130,9 @@ DRY = Plan(
     csr_edge=8,
     layer_edge=48,
     rounds=1,
+    step_tokens=32,
+    gpts=((32, 1, 8, 2),),
+    gpt_blocks=(16,),
     probe_bytes=2**16,
     probe_edge=32,
     variant_shape=Shape(32, 64, 64),

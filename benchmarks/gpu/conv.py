@@ -7,18 +7,20 @@ gives the same bits: they are compared with a float64 convolution.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu.agenda import Case, Row
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.correctness import Row
+from benchmarks.gpu.cases import Plan
 from benchmarks.gpu.speed import Runs, with_three
 from sparsekern import Topology, ops
 from sparsekern.cost.roofline import OPERATIONS, Problem
-from sparsekern.errors import told
 from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.tuning.trial import DTYPES, Block, difference, integers_like, poisoned, precision
 
@@ -54,8 +56,8 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layer with a block and a density."""
+class Layer:
+    """One with a block and a density."""
 
     shape: ConvShape
     block: Block
@@ -64,17 +66,17 @@ class Case:
 
 _WIDE = ConvShape(256, 256, 256, 14)
 FULL = (
-    *(Case(_WIDE, (b, b), d) for b in (64, 32, 16) for d in (0.1, 0.05)),
-    Case(_WIDE, (1, 1), 0.02),
-    *(Case(ConvShape(256, 128, 128, 28), (b, b)) for b in (64, 32)),
-    *(Case(ConvShape(256, 512, 512, 7), (b, b)) for b in (64, 32)),
-    Case(ConvShape(256, 256, 512, 14, stride=2), (32, 32)),  # strided
-    Case(ConvShape(256, 1024, 256, 14, kernel=1), (32, 32)),  # pointwise: the linear kernels
-    Case(ConvShape(256, 64, 64, 56), (32, 32)),
+    *(Layer(_WIDE, (b, b), d) for b in (64, 32, 16) for d in (0.1, 0.05)),
+    Layer(_WIDE, (1, 1), 0.02),
+    *(Layer(ConvShape(256, 128, 128, 28), (b, b)) for b in (64, 32)),
+    *(Layer(ConvShape(256, 512, 512, 7), (b, b)) for b in (64, 32)),
+    Layer(ConvShape(256, 256, 512, 14, stride=2), (32, 32)),  # strided
+    Layer(ConvShape(256, 1024, 256, 14, kernel=1), (32, 32)),  # pointwise: the linear kernels
+    Layer(ConvShape(256, 64, 64, 56), (32, 32)),
 )
 DRY = (
-    Case(ConvShape(1, 16, 32, 5), (16, 16), 0.4),
-    Case(ConvShape(1, 3, 4, 4, stride=2), (1, 1), 0.4),
+    Layer(ConvShape(1, 16, 32, 5), (16, 16), 0.4),
+    Layer(ConvShape(1, 3, 4, 4, stride=2), (1, 1), 0.4),
 )
 
 
@@ -125,40 +127,54 @@ class Operands:
         )
 
 
-def conv(bench: Bench) -> Iterator[Row]:
-    """A row for each product of each case, in bf16."""
+def conv(plan: Plan, device: torch.device) -> list[Case]:
+    """A case for each layer, in bf16."""
+    del device
+    return [
+        Case(_name(case), partial(_rows, case=case, kind="bf16"), 3.0)
+        for case in (DRY if plan.dry else FULL)
+    ]
+
+
+def _name(case: Layer) -> str:
+    s = case.shape
+    return (
+        f"conv {case.block[0]} {case.density:g} {s.batch}x{s.inputs}x{s.edge}x{s.edge} to "
+        f"{s.outputs} by {s.kernel} stride {s.stride}"
+    )
+
+
+@contextmanager
+def _fastest() -> Iterator[None]:
+    """Let cuDNN choose its fastest algorithm."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True  # let cuDNN choose its fastest algorithm
+    torch.backends.cudnn.benchmark = True
     try:
-        for case in DRY if bench.plan.dry else FULL:
-            with precision("bf16"), torch.no_grad():
-                yield from _rows(bench, case, "bf16")
+        yield
     finally:
         torch.backends.cudnn.benchmark = before
 
 
-def _rows(bench: Bench, case: Case, kind: str) -> Iterator[Row]:
+def _rows(bench: Bench, case: Layer, kind: str) -> Iterator[Row]:
+    """A row for each product."""
     problem = case.shape.problem(case.block, case.density, kind)
     facts: Row = {"what": "conv", "M": problem.M, "K": problem.K, "N": problem.N}
     facts |= {"block": list(case.block), "kind": kind, "density": case.density}
     facts |= {"kernel_size": case.shape.kernel, "stride": case.shape.stride}
     facts |= {"edge": case.shape.edge, "batch": case.shape.batch}
-    try:
+    with precision(kind), torch.no_grad(), _fastest():
         o = _operands(bench, case, kind)
         verdicts = _verdicts(bench, o)
-    except Exception as error:  # reported, and the next case goes on
-        yield facts | {"operation": "three", "status": f"failed: {told(error)[:300]}", "ms": None}
-        return
-    sparse, dense = o.sparse(), o.dense()
-    for operation, verdict in verdicts.items():
-        row = facts | {"operation": operation, "status": verdict, "ms": None, "ratio": None}
-        if verdict == "ok":
-            pair = {"sparse": sparse[operation], "dense": dense[operation]}
-            row |= bench.against_dense(bench.time(pair), operation, problem)
-        yield row
+        sparse, dense = o.sparse(), o.dense()
+        for operation, verdict in verdicts.items():
+            row = facts | {"operation": operation, "status": verdict, "ms": None, "ratio": None}
+            if verdict == "ok":
+                pair = {"sparse": sparse[operation], "dense": dense[operation]}
+                row |= bench.against_dense(bench.time(pair), operation, problem)
+            yield row
 
 
-def _operands(bench: Bench, case: Case, kind: str) -> Operands:
+def _operands(bench: Bench, case: Layer, kind: str) -> Operands:
     shape, g, dtype = case.shape, case.shape.geometry, DTYPES[kind]
     topology = Topology.random(
         (shape.outputs, g.taps * shape.inputs),

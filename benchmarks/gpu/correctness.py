@@ -4,25 +4,22 @@ Exact: integers in -3..3, for which every order of summation gives the same bits
 equal a float64 product. Bound: on normal floats, the error of each element stays below what its own
 sum allows; nothing in the bound is tuned. Besides: two runs agree bit for bit, and a row of the
 result does not depend on the rows that came with it. Grow scores of integers are exact as well.
-
-    python -m benchmarks.gpu.correctness --block 16 16 --kind bf16     # one group, as JSON
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import DRY, FULL, Plan
+from benchmarks.gpu.agenda import Case, Row
+from benchmarks.gpu.cases import Plan, groups
 from sparsekern import ops
 from sparsekern.errors import told
-from sparsekern.tuning.interpreter import steady_dots
+from sparsekern.ops.dispatch import resolve
 from sparsekern.tuning.trial import (
     DTYPES,
     Block,
@@ -40,10 +37,14 @@ from sparsekern.tuning.trial import (
     random_topology,
 )
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from benchmarks.gpu.bench import Bench
 
 KERNELS = {"forward": "spmm", "dx": "spmm_t", "dw": "sddmm"}
 """The kernel behind each product of a training step."""
+
+SCORES = "grow_scores"
+DENSITY = 0.1  # at which it is asked what `impl=None` takes
 
 ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 0.0, "tf32": 0.0}  # of a stored result
 # tensor cores cut off where the IEEE sum rounds: one bit
@@ -96,24 +97,66 @@ def is_exact(operation: str, integers: Operands, impl: str) -> str:
     return difference(got, expected(operation, integers).value.to(got.dtype))
 
 
-def check_group(block: Block, kind: str, plan: Plan, device: torch.device) -> list[Row]:
-    """All checks of one block and kind of operand, on an aligned and on a ragged shape."""
-    rows = []
+def shipped(plan: Plan, device: torch.device) -> list[Case]:
+    """Kernels that `impl=None` takes in bf16, which nearly every number depends on."""
+    del device
+    return [
+        _case(*group, kernel) for group in groups(plan) if _ships(*group) for kernel in _names()
+    ]
+
+
+def others(plan: Plan, device: torch.device) -> list[Case]:
+    """All other blocks and kinds: those that `impl=None` takes first."""
+    del device
+    rest = [group for group in groups(plan) if not _ships(*group)]
+    rest.sort(key=lambda group: not _taken(*group))
+    return [_case(*group, kernel) for group in rest for kernel in _names()]
+
+
+def _names() -> tuple[str, ...]:
+    return (*KERNELS.values(), SCORES)
+
+
+def _ships(block: Block, kind: str) -> bool:
+    return kind == "bf16" and block[0] == block[1] and _taken(block, kind)
+
+
+def _taken(block: Block, kind: str) -> bool:
+    with precision(kind):
+        return resolve(None, torch.device("cuda"), DTYPES[kind], block, DENSITY) == "triton"
+
+
+def _case(block: Block, kind: str, kernel: str) -> Case:
+    name = f"check {block[0]}x{block[1]} {kind} {kernel}"
+    where: Row = {"kernel": kernel, "block": list(block), "kind": kind, "shape": "any"}
+    lost = where | {"check": "runs", "ok": False}
+    return Case(name, partial(_checked, block=block, kind=kind, kernel=kernel), 1.0, lost)
+
+
+def _checked(bench: Bench, block: Block, kind: str, kernel: str) -> Iterator[Row]:
+    yield from check_kernel(block, kind, kernel, bench.plan, bench.device)
+
+
+def check_kernel(
+    block: Block, kind: str, kernel: str, plan: Plan, device: torch.device
+) -> Iterator[Row]:
+    """All checks of one kernel, block and kind of operand, on aligned and on ragged shapes."""
+    operation = next((o for o, name in KERNELS.items() if name == kernel), None)
     with precision(kind):
         for name, shape, density in _cases(block, plan):
             topology = random_topology(shape, block, density, device)
             generator = torch.Generator(device).manual_seed(1)
             o = operands(shape, topology, kind, density, generator)
             bias = None if name == "aligned" else torch.ones_like(o.dy[0])
-            where: Row = {"block": list(block), "kind": kind, "shape": name, "density": density}
-            for operation, kernel in KERNELS.items():
-                for check, detail in _guarded(_checks(operation, o, bias, generator)):
-                    found = {"check": check, "ok": not detail, "detail": detail}
-                    rows.append({"kernel": kernel} | where | found)
-            for check, detail in _guarded(check_scores(o, generator)):
-                found = {"check": check, "ok": not detail, "detail": detail}
-                rows.append({"kernel": "grow_scores"} | where | found)
-    return rows
+            where: Row = {"kernel": kernel, "block": list(block), "kind": kind}
+            where |= {"shape": name, "density": density}
+            checks = (
+                check_scores(o, generator)
+                if operation is None
+                else _checks(operation, o, bias, generator)
+            )
+            for check, detail in _guarded(checks):
+                yield where | {"check": check, "ok": not detail, "detail": detail}
 
 
 def _cases(block: Block, plan: Plan) -> Iterator[tuple[str, Shape, float]]:
@@ -181,31 +224,3 @@ def check_scores(o: Operands, generator: torch.Generator) -> Iterator[tuple[str,
                 or difference(got.scores, scores[best].to(got.scores.dtype))
             ),
         )
-
-
-def broken_group(block: Block, kind: str, reason: str) -> list[Row]:
-    """Rows for a group whose process died: nothing of it may be timed."""
-    where = {"block": list(block), "kind": kind, "shape": "any", "check": "runs"}
-    return [
-        {"kernel": kernel} | where | {"ok": False, "detail": reason}
-        for kernel in (*KERNELS.values(), "grow_scores")
-    ]
-
-
-def main() -> None:
-    """Check one group and print its rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--block", type=int, nargs=2, required=True)
-    parser.add_argument("--kind", choices=sorted(DTYPES), required=True)
-    parser.add_argument("--dry", action="store_true", help="on the CPU, under TRITON_INTERPRET=1")
-    args = parser.parse_args()
-    block = (args.block[0], args.block[1])
-    plan, device = (DRY, "cpu") if args.dry else (FULL, "cuda:0")
-    if args.dry:
-        steady_dots()
-    rows = check_group(block, args.kind, plan, torch.device(device))
-    sys.stdout.write(json.dumps(rows) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.agenda import Part
 from sparsekern.show import environment as show
 from sparsekern.show.environment import ROOT, device_name, version
 
-SOURCES = ("kernels", "sparsekern", "benchmarks/gpu")
 SMI_FIELDS = (
     "driver_version",
     "clocks.sm",
@@ -28,12 +30,11 @@ SMI_FIELDS = (
 
 
 def key(device: torch.device) -> dict[str, str]:
-    """What two results must share to be compared: device, versions, sources, launch table."""
+    """What two results must share to be compared: device, versions, launch table."""
     return {
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": version("triton") or "none",
-        "sources": source_digest(),
         "launch_table": _launch_table(),
     }
 
@@ -54,17 +55,30 @@ def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 
 @functools.cache  # the sources that were imported, not those of later
-def source_digest() -> str:
-    """Of every source that a number depends on: also right in a dirty tree and without git."""
-    digest = hashlib.sha256()
-    for entry in SOURCES:
-        path = ROOT / entry
-        files = sorted(path.rglob("*.*")) if path.is_dir() else [path]
-        for file in files:
-            counts = file.suffix in {".py", ".json"}  # the launch tables are JSON
-            if counts and file.name not in {"__main__.py", "report.py"}:
-                digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
+def digest(sources: tuple[str, ...], ops: tuple[str, ...], arch: str) -> str:
+    """Of what a number depends on: right in a dirty tree and without git, too.
+
+    Args:
+        sources: patterns of files beneath the root.
+        ops: operations whose shipped launch entries count, by their first letters.
+        arch: of the launch table.
+    """
+    found = hashlib.sha256()
+    for pattern in sources:
+        for file in sorted(ROOT.glob(pattern)):
+            found.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    entries = json.loads((ROOT / "kernels" / "tables" / f"{arch}.json").read_text())["entries"]
+    used = {key: entry for key, entry in entries.items() if key.startswith(ops)} if ops else {}
+    found.update(json.dumps(used, sort_keys=True).encode())
+    return found.hexdigest()[:12]
+
+
+def digests(parts: Mapping[str, Part], device: torch.device) -> dict[str, str]:
+    """Of what each part depends on."""
+    from sparsekern.kernels.launch import arch_class  # noqa: PLC0415  imports triton
+
+    arch = arch_class(device)
+    return {name: digest(part.sources, part.ops, arch) for name, part in parts.items()}
 
 
 def smi() -> dict[str, str] | None:

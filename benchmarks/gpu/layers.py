@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.agenda import Case, Row
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.cases import Plan
-from benchmarks.gpu.correctness import Row
 from sparsekern import RigL, SparseLinear
 from sparsekern.cost.timing import Clock
 from sparsekern.errors import told
@@ -18,24 +20,34 @@ from sparsekern.tuning.trial import DTYPES, Block, difference, precision
 NEEDS_CUDA = "skipped: needs CUDA"
 
 
-def check_layers(plan: Plan, device: torch.device, clock: Clock) -> Iterator[Row]:
-    """Rows of all checks, for the smallest block that has one and for unstructured weights."""
+def layers(plan: Plan, device: torch.device) -> list[Case]:
+    """All checks, for the smallest block that has one and for unstructured weights."""
+    del device
     smallest = min(block for block in plan.checked_blocks if block != (1, 1))
-    checks: dict[str, Callable[[Block, str, Plan, torch.device, Clock], str]] = {
-        "no host sync": _no_sync,
-        "graph after update": _graph_after_update,
-    }
-    for block in (smallest, (1, 1)):
-        for kind in plan.layer_kinds:
-            for name, check in checks.items():
-                try:
-                    with precision(kind):
-                        detail = check(block, kind, plan, device, clock)
-                except Exception as error:  # any failure is a finding
-                    detail = told(error)[:300]
-                ok = None if detail == NEEDS_CUDA else not detail
-                where = {"kernel": "layer", "block": list(block), "kind": kind, "shape": "ragged"}
-                yield where | {"check": name, "ok": ok, "detail": detail}
+    return [
+        _case(block, kind, check)
+        for block in (smallest, (1, 1))
+        for kind in plan.layer_kinds
+        for check in CHECKS
+    ]
+
+
+def _case(block: Block, kind: str, check: str) -> Case:
+    name = f"layer {block[0]}x{block[1]} {kind} {check}"
+    where: Row = {"kernel": "layer", "block": list(block), "kind": kind, "shape": "ragged"}
+    run = partial(_checked, where=where | {"check": check})
+    return Case(name, run, 2.0, where | {"check": check, "ok": False})
+
+
+def _checked(bench: Bench, where: Row) -> Iterator[Row]:
+    block, kind = (where["block"][0], where["block"][1]), where["kind"]
+    try:
+        with precision(kind):
+            detail = CHECKS[where["check"]](block, kind, bench.plan, bench.device, bench.clock)
+    except Exception as error:  # any failure is a finding
+        detail = told(error)[:300]
+    ok = None if detail == NEEDS_CUDA else not detail
+    yield where | {"ok": ok, "detail": detail}
 
 
 def _layer(
@@ -108,3 +120,9 @@ def _update_once(layer: SparseLinear, x: Tensor, dy: Tensor) -> None:
     method.detach()
     if len(method.history) != 1:
         raise RuntimeError(f"expected one topology update; got {len(method.history)}")
+
+
+CHECKS: dict[str, Callable[[Block, str, Plan, torch.device, Clock], str]] = {
+    "no host sync": _no_sync,
+    "graph after update": _graph_after_update,
+}

@@ -10,17 +10,19 @@ import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.agenda import Case, Row
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.correctness import Row
+from benchmarks.gpu.cases import HEADLINE, Plan
 from benchmarks.gpu.speed import dense_for, sparse_runs
 from sparsekern.cost.timing import Run
 from sparsekern.errors import told
-from sparsekern.tuning.trial import Block, Operands, difference, expected, precision
+from sparsekern.tuning.trial import Block, Operands, Shape, difference, expected, precision
 
 
 class Peer(NamedTuple):
@@ -110,37 +112,54 @@ CSR_PEERS = (
 )
 
 
-def peers(bench: Bench) -> Iterator[Row]:
-    """Blocks, then unstructured weights, then what is not installed."""
-    plan = bench.plan
-    for block in plan.blocks:
-        for density in plan.peer_densities:
-            for peer in BSR_PEERS:
-                yield _compare(bench, peer, (block, block), density, "bf16")
+def peers(plan: Plan, device: torch.device) -> list[Case]:
+    """Blocks away from the headline, then unstructured weights, then what is not installed."""
+    del device
+    cases = [
+        _case(peer, plan.shapes[0], (edge, edge), density, "bf16")
+        for density in plan.peer_densities
+        for edge in plan.blocks
+        for peer in BSR_PEERS
+        if density != HEADLINE
+    ]
     if importlib.util.find_spec("stk") is not None:
-        for density in plan.peer_densities:
-            yield _compare(bench, STK, (128, 128), density, "bf16")
-    for density in plan.csr_densities[-2:]:
-        for peer, kind in CSR_PEERS:
-            yield _compare(bench, peer, (1, 1), density, kind)
-    for module in ("stk", "blksprs"):
-        if importlib.util.find_spec(module) is None:
-            yield {"peer": module, "status": "failed: not installed", "ms": None}
+        cases += [
+            _case(STK, plan.shapes[0], (128, 128), density, "bf16")
+            for density in plan.peer_densities
+        ]
+    cases += [
+        _case(peer, plan.csr_shape, (1, 1), density, kind)
+        for density in plan.csr_densities[-2:]
+        for peer, kind in CSR_PEERS
+    ]
+    missing = [name for name in ("stk", "blksprs") if importlib.util.find_spec(name) is None]
+    return [*cases, *(Case(f"peer {name}", partial(_missing, name=name), 0.0) for name in missing)]
 
 
-def _compare(bench: Bench, peer: Peer, block: Block, density: float, kind: str) -> Row:
+def _missing(bench: Bench, name: str) -> Iterator[Row]:
+    del bench
+    yield {"peer": name, "status": "failed: not installed", "ms": None}
+
+
+def _case(peer: Peer, shape: Shape, block: Block, density: float, kind: str) -> Case:
+    name = f"peer {peer.name}, {block[0]} {density:g} {kind}"
+    run = partial(_compared, peer=peer, shape=shape, block=block, density=density, kind=kind)
+    facts: Row = {"peer": peer.name, "operation": peer.operation, **shape._asdict()}
+    facts |= {"block": list(block), "kind": kind, "density": density}
+    return Case(name, run, 2.0, facts)
+
+
+def _compared(
+    bench: Bench, peer: Peer, shape: Shape, block: Block, density: float, kind: str
+) -> Iterator[Row]:
     """One row: the peer's time, and ours and cuBLAS's in the same rounds."""
     with precision(kind), torch.no_grad():
-        o = bench.operands(bench.shape_for(block), block, density, kind)
+        o = bench.operands(shape, block, density, kind)
         row: Row = {"peer": peer.name, "operation": peer.operation} | describe(o)
-        try:
-            wrong = _wrong(bench, peer, o)
-            theirs = peer.prepare(o)
-            theirs()
-        except Exception as error:  # a peer's failure is a result
-            return row | {"status": f"failed: {told(error)[:300]}", "ms": None}
-        if wrong:
-            return row | {"status": "incorrect", "detail": wrong, "ms": None}
+        theirs, status = ready(bench, peer, o)
+        if theirs is None:
+            yield row | {"status": status, "ms": None}
+            return
         ours = bench.verdicts(o)[peer.operation]
         runs = {"peer": theirs, "dense": dense_for(o)[peer.operation]}
         if ours == "ok":
@@ -152,7 +171,18 @@ def _compare(bench: Bench, peer: Peer, block: Block, density: float, kind: str) 
     if ours == "ok":
         faster = statistics.median(timing.ratios("peer", "ours"))
         row |= {"ours_ms": timing.ms("ours"), "ours_is_faster_by": faster}
-    return row
+    yield row
+
+
+def ready(bench: Bench, peer: Peer, o: Operands) -> tuple[Run | None, str]:
+    """A peer's call, once it is exact on integers; else None, and why."""
+    try:
+        wrong = _wrong(bench, peer, o)
+        theirs = peer.prepare(o)
+        theirs()
+    except Exception as error:  # a peer's failure is a result
+        return None, f"failed: {told(error)[:300]}"
+    return (None, f"incorrect: {wrong}") if wrong else (theirs, "ok")
 
 
 def _wrong(bench: Bench, peer: Peer, o: Operands) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.agenda import Case, Row
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.correctness import Row
+from benchmarks.gpu.cases import Plan
 from sparsekern import Topology
 from sparsekern.ops.dispatch import backend
 from sparsekern.tuning.trial import Operands, precision, random_topology
@@ -17,24 +19,27 @@ from sparsekern.tuning.trial import Operands, precision, random_topology
 DENSITY = 0.1
 
 
-def probe(bench: Bench) -> Iterator[Row]:
-    """Two rates of the device, then one row per block on where forward's time goes."""
-    yield _copy_rate(bench)
-    yield _dense_rate(bench)
-    for edge in bench.plan.blocks:
-        yield _forward_variants(bench, edge)
+def probe(plan: Plan, device: torch.device) -> list[Case]:
+    """Two rates of the device, then for each block on where forward's time goes."""
+    del device
+    rates = {"probe copy": _copy_rate, "probe dense cube": _dense_rate}
+    cases = [Case(name, run, 1.0) for name, run in rates.items()]
+    blocks = plan.blocks
+    return cases + [
+        Case(f"probe forward {e}", partial(_forward_variants, edge=e), 1.5) for e in blocks
+    ]
 
 
-def _copy_rate(bench: Bench) -> Row:
+def _copy_rate(bench: Bench) -> Iterator[Row]:
     """Bytes read and written by a device-to-device copy."""
     source = torch.ones(bench.plan.probe_bytes // 4, dtype=torch.int32, device=bench.device)
     target = torch.empty_like(source)
     timing = bench.time({"copy": lambda: target.copy_(source)})
     rate = 2 * source.nbytes / timing.ms("copy") / 1e9
-    return {"what": "copy", "bytes": source.nbytes, "status": "ok", "tb_per_s": rate}
+    yield {"what": "copy", "bytes": source.nbytes, "status": "ok", "tb_per_s": rate}
 
 
-def _dense_rate(bench: Bench) -> Row:
+def _dense_rate(bench: Bench) -> Iterator[Row]:
     """A cube of normal numbers in bf16, through cuBLAS."""
     edge, generator = bench.plan.probe_edge, bench.generator()
     a, b = (
@@ -43,10 +48,10 @@ def _dense_rate(bench: Bench) -> Row:
     )
     timing = bench.time({"cube": lambda: a @ b})
     rate = 2 * edge**3 / timing.ms("cube") / 1e9
-    return {"what": "dense cube", "edge": edge, "status": "ok", "tflops": rate}
+    yield {"what": "dense cube", "edge": edge, "status": "ok", "tflops": rate}
 
 
-def _forward_variants(bench: Bench, edge: int) -> Row:
+def _forward_variants(bench: Bench, edge: int) -> Iterator[Row]:
     """Forward as it is, with one hot tile of x, with rows of equal length, and with one block.
 
     `hot` reads one block column over and over: what it takes less than `random` is the price of
@@ -58,7 +63,8 @@ def _forward_variants(bench: Bench, edge: int) -> Row:
     row |= shape._asdict()
     verdict = bench.gate.verdict("forward", block, "bf16")
     if verdict != "ok":
-        return row | {"status": verdict}
+        yield row | {"status": verdict}
+        return
     with precision("bf16"), torch.no_grad():
         o = bench.operands(shape, block, DENSITY, "bf16")
         one = Topology.random((shape.N, shape.K), block, nnzb=1, device=bench.device)
@@ -76,7 +82,7 @@ def _forward_variants(bench: Bench, edge: int) -> Row:
         }
         timing = bench.time(runs)
     per_block = {name: topology.nnzb for name, topology in topologies.items()}
-    return row | {"status": "ok", "nnzb": per_block, "ms": {name: timing.ms(name) for name in runs}}
+    yield row | {"status": "ok", "nnzb": per_block, "ms": {name: timing.ms(name) for name in runs}}
 
 
 def _values(o: Operands, topology: Topology) -> Tensor:

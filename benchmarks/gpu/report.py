@@ -1,23 +1,30 @@
-"""What people read: lines while it runs, tables at the end, a picture."""
+"""What people read while it runs, what is asked of a result file, and its picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.store import Content, rows_of
 from sparsekern.cost import crossing
 from sparsekern.cost.roofline import Problem, Roofline, device_named
 from sparsekern.show.output_files import write_figure
 
 Row = Mapping[str, Any]
 
+CHECKS = ("shipped", "others", "layers")
+LINEAR = ("headline", "bsr", "csr")
+"""Parts with products of linear layers."""
+
 SHAPE = (8192, 4096, 4096)  # M, K, N of the README's table and of the picture
 
 
 def line(row: Row) -> str:
     """One row in one line."""
-    head = [str(row[c]) for c in ("what", "peer", "kernel", "check", "operation") if row.get(c)]
+    head = [
+        str(row[c]) for c in ("what", "peer", "kernel", "check", "operation", "mode") if row.get(c)
+    ]
     if row.get("M"):
         head.append("x".join(str(row[c]) for c in "MKN"))
     if row.get("block"):
@@ -31,69 +38,38 @@ def _outcome(row: Row) -> str:
     if "ok" in row:
         return "ok" if row["ok"] else f"{'WRONG ' if row['ok'] is False else ''}{row['detail']}"
     if row["status"] != "ok":
-        return f"{row['status']} {row.get('detail', '')}".strip()
+        detail = row.get("detail") or ""
+        return row["status"] if detail in row["status"] else f"{row['status']} {detail}"
     hidden = ("M", "K", "N", "nnzb", "density", "rounds", "bytes", "edge")
     numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in hidden}
     numbers |= row["ms"] if isinstance(row.get("ms"), dict) else {}
     return ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if not isinstance(v, bool))
 
 
-def summary(content: Mapping[str, Any]) -> str:
-    """The end of the output: what was wrong, and one line per case of the first shape."""
-    rows = {name: part["rows"] for name, part in content["parts"].items()}
-    checks, wrong = rows.get("correctness", []), wrong_checks(content)
-    lines = [f"correctness: {len(checks)} checks, {len(wrong)} wrong"]
-    lines += [f"  {line(row)}" for row in wrong[:20]]
-    lines.append("forward | forward + dX + dW, times dense; in brackets % of the model's ceiling")
-    for block, density in _cases([*rows.get("bsr", []), *rows.get("csr", [])]):
-        found = [_find(rows, block, density, operation) for operation in ("forward", "three")]
-        cells = ["-" if row is None else _cell(row) for row in found]
-        lines.append(f"  block {block:>3}, density {density:<5} {cells[0]:>22} | {cells[1]:>22}")
-    if content["dry"]:
-        lines.append("dry run: nothing here is a measurement")
-    unfinished = [n for n, part in content["parts"].items() if not part["complete"]]
-    lines += [f"unfinished: {', '.join(unfinished)}"] if unfinished else []
-    return "\n".join(lines)
+def wrong_checks(content: Content) -> list[Row]:
+    """The checks that found a fault, or did not come to their end."""
+    return [row for row in rows_of(content, *CHECKS) if row.get("ok") is False]
 
 
-def wrong_checks(content: Mapping[str, Any]) -> list[Row]:
-    """The checks that found a fault."""
-    rows = content["parts"].get("correctness", {"rows": []})["rows"]
-    return [row for row in rows if row["ok"] is False]
-
-
-def _cell(row: Row) -> str:
-    if row["ratio"] is None:
-        return str(row["status"])[:22]
-    percent = row.get("percent_of_ceiling")
-    return f"{row['ratio']:.2f}x" + (f" ({percent:.0f} %)" if percent else "")
-
-
-def _cases(rows: Iterable[Row]) -> list[tuple[int, float]]:
-    """(block, density), largest first; those of square blocks in bf16."""
-    return sorted({(row["block"][0], row["density"]) for row in rows}, reverse=True)
-
-
-def _find(rows: Mapping[str, Sequence[Row]], block: int, density: float, op: str) -> Row | None:
-    """The row of the first shape in bf16 that was timed without a graph."""
-    for row in rows.get("csr" if block == 1 else "bsr", []):
-        same = row["block"] == [block, block] and row["density"] == density
-        plain = row["kind"] == "bf16" and not row["graph"] and row["impl"] == "triton"
-        if same and plain and row["operation"] == op:
-            return row
-    return None
-
-
-def measured(content: Mapping[str, Any], block: int, op: str) -> dict[float, float]:
+def measured(content: Content, block: int, op: str) -> dict[float, float]:
     """Speed against dense by density, for `SHAPE` in bf16; only what is correct and finished."""
-    part = content["parts"].get("csr" if block == 1 else "bsr", {"rows": []})
     found = {}
-    for row in part["rows"]:
-        plain = row["kind"] == "bf16" and not row["graph"] and row["impl"] == "triton"
-        same = row["block"] == [block, block] and (row["M"], row["K"], row["N"]) == SHAPE
-        if plain and same and row["operation"] == op and row["status"] == "ok":
+    for row in rows_of(content, *LINEAR):
+        plain = row.get("kind") == "bf16" and not row.get("graph") and row.get("impl") == "triton"
+        if not plain or row["block"] != [block, block] or row["operation"] != op:
+            continue
+        if (row["M"], row["K"], row["N"]) == SHAPE and row["status"] == "ok":
             found[row["density"]] = row["ratio"]
     return found
+
+
+def densities(content: Content) -> dict[int, list[float]]:
+    """By block, largest first: those that `SHAPE` or its like was timed at, ascending."""
+    found: dict[int, set[float]] = {}
+    for row in rows_of(content, *LINEAR):
+        if row.get("kind") == "bf16" and not row.get("graph") and "peer" not in row:
+            found.setdefault(row["block"][0], set()).add(row["density"])
+    return {block: sorted(found[block]) for block in sorted(found, reverse=True)}
 
 
 def break_even(speeds: Mapping[float, float]) -> str:
@@ -107,7 +83,7 @@ def break_even(speeds: Mapping[float, float]) -> str:
     return f"{ {'': '', '<=': 'below ', '>=': 'above '}[found.bound] }{found.density:.2g}"
 
 
-def picture(content: Mapping[str, Any], path: Path) -> str:
+def picture(content: Content, path: Path) -> str:
     """Speed against dense by density, the model's ceiling dashed; returns what it did."""
     try:
         # a Figure instead of pyplot: no global state, and no window system is asked for
@@ -119,10 +95,9 @@ def picture(content: Mapping[str, Any], path: Path) -> str:
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     title = f"{content['key']['device']}, bf16, times cuBLAS"
     figure.suptitle("dry run: nothing here is a measurement" if content["dry"] else title)
-    rows = {name: part["rows"] for name, part in content["parts"].items()}
     left, right = figure.subplots(1, 2, sharey=True)
-    _panel(left, rows, "forward", "forward", model)
-    _panel(right, rows, "three", "forward + dX + dW", model)
+    _panel(left, content, "forward", "forward", model)
+    _panel(right, content, "three", "forward + dX + dW", model)
     handles, labels = left.get_legend_handles_labels()
     if handles:
         about = "dashed: model's ceiling" if model else None
@@ -131,26 +106,24 @@ def picture(content: Mapping[str, Any], path: Path) -> str:
     return f"saved {path}"
 
 
-def _panel(
-    axes: Any, rows: Mapping[str, Sequence[Row]], op: str, title: str, model: Roofline | None
-) -> None:
+def _panel(axes: Any, content: Content, op: str, title: str, model: Roofline | None) -> None:
     """One product: a line per block, and the model's."""
     from matplotlib.ticker import LogLocator  # noqa: PLC0415  not on every machine
 
-    cases = _cases([*rows.get("bsr", []), *rows.get("csr", [])])
-    for index, block in enumerate(dict.fromkeys(block for block, _ in cases)):
-        densities, color = [d for b, d in cases if b == block], f"C{index}"
-        found = {d: _find(rows, block, d, op) for d in densities}
-        timed = {d: row["ratio"] for d, row in found.items() if row and row["ratio"] is not None}
+    ticks = set()
+    for index, (block, asked) in enumerate(densities(content).items()):
+        color, found = f"C{index}", measured(content, block, op)
+        ticks |= set(asked)
+        timed = {d: found[d] for d in asked if d in found}
         name = f"block {block}" if block > 1 else "unstructured"
         axes.plot(list(timed), list(timed.values()), "o-", color=color, label=name)
         if model is not None:
-            problems = [Problem(*SHAPE, (block, block), d) for d in densities]
+            problems = [Problem(*SHAPE, (block, block), d) for d in asked]
             ceilings = [model.speedup(op, problem) for problem in problems]
-            axes.plot(densities, ceilings, "--", color=color, linewidth=0.9)
+            axes.plot(asked, ceilings, "--", color=color, linewidth=0.9)
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set(title=title, xlabel="density", xscale="log", yscale="log")
-    axes.set_xticks(sorted({d for _, d in cases}))
+    axes.set_xticks(sorted(ticks))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}x")

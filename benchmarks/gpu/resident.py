@@ -1,32 +1,28 @@
 """Part `resident`: the product that holds activations in shared memory, on hardware at last.
 
-It may be wrong or hang, so it runs in processes of its own: small cases first, then all of shared
-memory, ragged edges, and last the times. `ratio_to_general` is how many times as fast it is as the
-kernel that runs without it, in turns with it; `smem_ms` is what its reads of shared memory take at
-the model's rate. Nothing depends on this part.
-
-    python -m benchmarks.gpu.resident 0 1 2     # some of its cases, a JSON object each
+It may be wrong or hang: small cases first, then ragged edges, then all of shared memory with the
+times. `ratio_to_general` is how many times as fast it is as the kernel that runs without it, in
+turns with it; `smem_ms` is what its reads of shared memory take at the model's rate. Nothing
+depends on this part.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.agenda import Case, Row
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.correctness import KERNELS, Row
-from benchmarks.gpu.supervise import LOST_DEVICE, supervised
+from benchmarks.gpu.cases import Plan
+from benchmarks.gpu.correctness import KERNELS
 from sparsekern.cost.roofline import device_named
-from sparsekern.cost.timing import Clock, CudaClock, take_turns
-from sparsekern.errors import told
+from sparsekern.cost.timing import Clock, take_turns
 from sparsekern.kernels import tables
 from sparsekern.kernels.launch import arch_class
 from sparsekern.kernels.tables import Key, RingConfig
@@ -43,8 +39,6 @@ from sparsekern.tuning.trial import (
     random_topology,
 )
 
-LIMIT = 100  # seconds of the whole part, come what may
-SILENCE = 35  # of one case, starting and compiling included
 RING_KB = 64
 DENSITY = 0.1
 REPEATS = 200
@@ -53,7 +47,7 @@ ROUNDS = 20
 Launch = Callable[[str, Operands, Tensor | None], Tensor]
 
 
-class Case(NamedTuple):
+class Product(NamedTuple):
     """One product.
 
     Attributes:
@@ -86,17 +80,17 @@ class Case(NamedTuple):
         return row | {"bias": self.bias, "timed": self.timed}
 
 
-def _cases() -> tuple[Case, ...]:
+def _cases() -> tuple[Product, ...]:
     """By what they ask of the kernel."""
-    first = [Case("forward", (edge, edge), 512, 256, 1024) for edge in (32, 16, 64)]
-    first += [Case("dx", (32, 32), 512, 256, 1024), Case("forward", (8, 64), 512, 256, 1024)]
+    first = [Product("forward", (edge, edge), 512, 256, 1024) for edge in (32, 16, 64)]
+    first += [Product("dx", (32, 32), 512, 256, 1024), Product("forward", (8, 64), 512, 256, 1024)]
     ragged = [
-        Case("forward", (32, 32), 8191, 1024, 4090, "fp16", bias=True),
-        Case("forward", (16, 16), 8191, 1536, 4096),
-        Case("dx", (32, 32), 8191, 1024, 4090),
+        Product("forward", (32, 32), 8191, 1024, 4090, "fp16", bias=True),
+        Product("forward", (16, 16), 8191, 1536, 4096),
+        Product("dx", (32, 32), 8191, 1024, 4090),
     ]
     full = [
-        Case(operation, (edge, edge), 8192, held, 4096, timed=True)
+        Product(operation, (edge, edge), 8192, held, 4096, timed=True)
         for edge, sizes in ((32, (1024, 1536)), (16, (1024, 1536)), (64, (1024,)))
         for held in sizes
         for operation in ("forward", "dx")
@@ -107,29 +101,36 @@ def _cases() -> tuple[Case, ...]:
 CASES = _cases()
 
 
-def resident(bench: Bench) -> Iterator[Row]:
-    """One row per case: ok, incorrect, failed or not run."""
+def resident(plan: Plan, device: torch.device) -> list[Case]:
+    """One case per product: ok, incorrect, failed or not run."""
+    del plan, device
+    return [Case(_name(case), partial(_row, case=case), 3.0, case.row) for case in CASES]
+
+
+def _name(case: Product) -> str:
+    shape = "x".join(map(str, case.shape))
+    return f"resident {case.operation} {'x'.join(map(str, case.block))} {shape} {case.kind}"
+
+
+def _row(bench: Bench, case: Product) -> Iterator[Row]:
+    row = case.row | {"ms": None, "general_ms": None, "ratio_to_general": None}
     reason = _refusal(bench)
-    command = [sys.executable, "-m", "benchmarks.gpu.resident"]
-    until = min(bench.deadline, time.monotonic() + LIMIT)
-    found: Iterator[Row] = (
-        iter([{"status": f"not run: {reason}"}] * len(CASES))
-        if reason
-        else supervised(command, range(len(CASES)), SILENCE, until)
-    )
-    for case, answer in zip(CASES, found, strict=True):
-        yield case.row | {"ms": None, "general_ms": None, "ratio_to_general": None} | answer
+    if reason:
+        yield row | {"status": f"not run: {reason}"}
+        return
+    with torch.no_grad():
+        yield row | judge(case, bench.device, bench.clock, launch_held, bench.times(REPEATS))
 
 
 def _refusal(bench: Bench) -> str:
     """Why there is nothing to run here; empty if there is."""
-    if bench.device.type != "cuda":
+    if bench.plan.dry:
         return "interpreted, and this kernel is Hopper's own"
     arch = arch_class(bench.device)
     return "" if arch == "sm90" else f"a kernel for sm90; got {arch}"
 
 
-def judge(case: Case, device: torch.device, clock: Clock, launch: Launch, repeats: int) -> Row:
+def judge(case: Product, device: torch.device, clock: Clock, launch: Launch, repeats: int) -> Row:
     """Check one case, and time it if it asks for that and is right."""
     topology = random_topology(case.shape, case.block, DENSITY, device)
     generator = torch.Generator(device).manual_seed(0)
@@ -143,7 +144,7 @@ def judge(case: Case, device: torch.device, clock: Clock, launch: Launch, repeat
     return row | _times(case, o, clock) if case.timed else row
 
 
-def _wrong(case: Case, o: Operands, bias: Tensor | None, launch: Launch, repeats: int) -> str:
+def _wrong(case: Product, o: Operands, bias: Tensor | None, launch: Launch, repeats: int) -> str:
     """Empty if exact on integers, here and through `ops`, and always the same on floats."""
     integers = o.with_integers(torch.Generator(o.x.device).manual_seed(1))
     want = expected(case.operation, integers, bias).value.to(o.x.dtype)
@@ -165,7 +166,7 @@ def _wrong(case: Case, o: Operands, bias: Tensor | None, launch: Launch, repeats
     return f"through ops: {wrong}" if wrong else ""
 
 
-def _times(case: Case, o: Operands, clock: Clock) -> Row:
+def _times(case: Product, o: Operands, clock: Clock) -> Row:
     """In turns with the general kernel, which must be right as well."""
     integers = o.with_integers(torch.Generator(o.x.device).manual_seed(1))
     want = expected(case.operation, integers).value.to(o.x.dtype)
@@ -189,7 +190,7 @@ def _times(case: Case, o: Operands, clock: Clock) -> Row:
     return row | _against_model(case, o, ms)
 
 
-def _against_model(case: Case, o: Operands, ms: float) -> Row:
+def _against_model(case: Product, o: Operands, ms: float) -> Row:
     """What `wgmma` reads of both operands for every 64 tokens, at the model's rate."""
     known = device_named(torch.cuda.get_device_name(o.x.device)) if o.x.is_cuda else None
     if known is None:
@@ -200,7 +201,7 @@ def _against_model(case: Case, o: Operands, ms: float) -> Row:
     return {"smem_ms": smem_ms, "percent_of_smem": 100 * smem_ms / ms}
 
 
-def _through_ops(case: Case, device: torch.device) -> AbstractContextManager[None]:
+def _through_ops(case: Product, device: torch.device) -> AbstractContextManager[None]:
     """Send the products of `ops` to the kernel that is looked at."""
     op = f"{KERNELS[case.operation]}_resident"
     key = Key(op, "half", str(max(case.block)), "any", "tma")
@@ -215,35 +216,3 @@ def launch_held(operation: str, o: Operands, bias: Tensor | None) -> Tensor:
     if operation == "forward":
         return kernels.bsr_spmm_resident(o.x, o.values, t.crow, t.col, bias, N, ring_kb=RING_KB)
     return kernels.bsr_spmm_t_resident(o.dy, o.values, t.ccol, t.row, t.perm, K, ring_kb=RING_KB)
-
-
-def main() -> int:
-    """Carry out the cases of these numbers; gives up when the device is lost."""
-    device = torch.device("cuda", 0)
-    clock = CudaClock(device)
-    for number in map(int, sys.argv[1:]):
-        begin, lost = time.monotonic(), False
-        try:
-            with torch.no_grad():
-                found = judge(CASES[number], device, clock, launch_held, REPEATS)
-        except Exception as error:  # reported, and the next case goes on
-            found, lost = {"status": f"failed: {told(error)[:300]}"}, _is_lost()
-        found["seconds"] = time.monotonic() - begin
-        sys.stdout.write(json.dumps(found) + "\n")
-        sys.stdout.flush()
-        if lost:
-            return LOST_DEVICE
-    return 0
-
-
-def _is_lost() -> bool:
-    """Whether the device is of no more use to this process."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
-if __name__ == "__main__":
-    sys.exit(main())

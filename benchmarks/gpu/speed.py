@@ -1,15 +1,20 @@
-"""Parts `dense`, `bsr` and `csr`: the three products against cuBLAS, taking turns with it."""
+"""Parts `dense`, `bsr` and `csr`: the three products against cuBLAS, taking turns with it.
+
+The headline, one shape at one density, is a part of its own: `headline`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.agenda import Case, Row
 from benchmarks.gpu.bench import Bench, describe
-from benchmarks.gpu.correctness import Row
+from benchmarks.gpu.cases import HEADLINE, Plan
 from sparsekern.cost.timing import Run, Timing
 from sparsekern.tuning.trial import DTYPES, Block, Operands, Shape, precision, products
 
@@ -49,49 +54,93 @@ def dense_for(o: Operands) -> Runs:
     return dense_runs(o.x, o.dy, w)
 
 
-def dense(bench: Bench) -> Iterator[Row]:
+def dense(plan: Plan, device: torch.device) -> list[Case]:
     """cuBLAS alone: every shape in bf16, the first one in the other kinds too."""
-    plan = bench.plan
+    del device
     cases = [(shape, "bf16") for shape in (*plan.shapes, plan.graph_shape)]
     cases += [(plan.shapes[0], kind) for kind in plan.kinds]
-    for shape, kind in cases:
-        with precision(kind), torch.no_grad():
-            runs = dense_runs(*_dense_operands(bench, shape, kind))
-            timing = bench.time(runs)
-        for operation in runs:
-            flops = 2 * shape.M * shape.K * shape.N * (3 if operation == "three" else 1)
-            ms = timing.ms(operation)
-            row = {"operation": operation, **shape._asdict(), "kind": kind, "status": "ok"}
-            yield row | {"ms": ms, "tflops": flops / ms / 1e9}
+    return [
+        Case(f"dense {sizes(shape)} {kind}", partial(_dense, shape=shape, kind=kind))
+        for shape, kind in cases
+    ]
 
 
-def bsr(bench: Bench) -> Iterator[Row]:
-    """Blocks, densities and shapes; then few tokens as CUDA graphs, then the other kinds."""
-    plan = bench.plan
-    for block in plan.blocks:
-        for shape in plan.shapes:
-            for density in plan.densities:
-                yield from _case(bench, shape, (block, block), density, "bf16")
-    for block in plan.blocks:
-        for density in plan.graph_densities:
-            yield from _graph_case(bench, (block, block), density)
-    for kind in plan.kinds:
-        for block in plan.blocks:
-            yield from _case(bench, plan.shapes[0], (block, block), plan.other_density, kind)
+def _dense(bench: Bench, shape: Shape, kind: str) -> Iterator[Row]:
+    with precision(kind), torch.no_grad():
+        runs = dense_runs(*_dense_operands(bench, shape, kind))
+        timing = bench.time(runs)
+    for operation in runs:
+        flops = 2 * shape.M * shape.K * shape.N * (3 if operation == "three" else 1)
+        ms = timing.ms(operation)
+        row = {"operation": operation, **shape._asdict(), "kind": kind, "status": "ok"}
+        yield row | {"ms": ms, "tflops": flops / ms / 1e9}
 
 
-def csr(bench: Bench) -> Iterator[Row]:
+def bsr(plan: Plan, device: torch.device) -> list[Case]:
+    """Blocks, densities and shapes beyond the headline; few tokens as CUDA graphs; other kinds."""
+    del device
+    cases = [
+        (shape, edge, density, "bf16")
+        for shape in plan.shapes
+        for density in plan.densities
+        for edge in plan.blocks
+        if (shape, density) != (plan.shapes[0], HEADLINE)
+    ]
+    cases += [
+        (plan.shapes[0], edge, plan.other_density, kind)
+        for kind in plan.kinds
+        for edge in plan.blocks
+    ]
+    found = [
+        Case(
+            f"bsr {edge} {sizes(shape)} {density:g} {kind}",
+            partial(products_of, shape=shape, block=(edge, edge), density=density, kind=kind),
+            3.0 if shape.N > plan.shapes[0].N else 1.5,
+        )
+        for shape, edge, density, kind in cases
+    ]
+    graphs = [
+        Case(
+            f"bsr {edge} {sizes(plan.graph_shape)} {density:g} graph",
+            partial(_graph_case, block=(edge, edge), density=density),
+        )
+        for density in plan.graph_densities
+        for edge in plan.blocks
+    ]
+    first = len(plan.blocks) * (len(plan.densities) - 1)
+    return [*found[:first], *graphs, *found[first:]]
+
+
+def csr(plan: Plan, device: torch.device) -> list[Case]:
     """Unstructured weights, by the kernels and through a short-lived dense weight."""
-    for density in bench.plan.csr_densities:
-        for impl in ("triton", "dense"):
-            yield from _case(bench, bench.plan.csr_shape, (1, 1), density, "bf16", impl)
+    del device
+    return [
+        Case(
+            f"csr {sizes(plan.csr_shape)} {density:g} {impl}",
+            partial(
+                products_of,
+                shape=plan.csr_shape,
+                block=(1, 1),
+                density=density,
+                kind="bf16",
+                impl=impl,
+            ),
+            4.0,
+        )
+        for density in plan.csr_densities
+        for impl in ("triton", "dense")
+    ]
 
 
-def _case(
+def sizes(shape: Shape) -> str:
+    """A shape in a name."""
+    return "x".join(map(str, shape))
+
+
+def products_of(
     bench: Bench, shape: Shape, block: Block, density: float, kind: str, impl: str = "triton"
-) -> list[Row]:
+) -> Iterator[Row]:
     """One row per product, and one for the three together."""
-    rows = []
     with precision(kind), torch.no_grad():
         o = bench.operands(shape, block, density, kind)
         verdicts = bench.verdicts(o, impl)
@@ -101,18 +150,16 @@ def _case(
             if verdict == "ok":
                 pair = {"sparse": sparse[operation], "dense": cublas[operation]}
                 timing = bench.time(pair)
-            rows.append(_row(bench, o, operation, verdict, timing, impl=impl, graph=False))
-    return rows
+            yield row_of(bench, o, operation, verdict, timing, impl=impl, graph=False)
 
 
-def _graph_case(bench: Bench, block: Block, density: float) -> list[Row]:
+def _graph_case(bench: Bench, block: Block, density: float) -> Iterator[Row]:
     """Few tokens, where launching costs as much as computing: replayed, and called from Python."""
-    rows = []
     with precision("bf16"), torch.no_grad():
         o = bench.operands(bench.plan.graph_shape, block, density, "bf16")
         verdicts = bench.verdicts(o)
         sparse, cublas = sparse_runs(o), dense_for(o)
-        repeats = 1 if bench.plan.dry else EAGER_REPEATS
+        repeats = bench.times(EAGER_REPEATS)
         for operation, verdict in verdicts.items():
             timing, eager = None, {}
             if verdict == "ok":
@@ -123,11 +170,10 @@ def _graph_case(bench: Bench, block: Block, density: float) -> list[Row]:
                 replays = {name: bench.clock.capture(run)[0] for name, run in pair.items()}
                 timing = bench.time(replays)
             more = {"impl": "triton", "graph": True, **eager}
-            rows.append(_row(bench, o, operation, verdict, timing, **more))
-    return rows
+            yield row_of(bench, o, operation, verdict, timing, **more)
 
 
-def _row(
+def row_of(
     bench: Bench, o: Operands, operation: str, verdict: str, timing: Timing | None, **more: Any
 ) -> Row:
     """Without a timing there is no number at all."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.agenda import Case, Row
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.correctness import Row
+from benchmarks.gpu.cases import Plan
 from sparsekern import RigL, SparseLinear, Topology, ops
 from sparsekern.cost.timing import HostClock
 from sparsekern.tuning.trial import DTYPES, Block, Shape
@@ -22,16 +24,20 @@ UPDATE_FREQ = 100  # weight steps between updates, RigL's default
 DROP_FRACTION = 0.3
 
 
-def update(bench: Bench) -> Iterator[Row]:
+def update(plan: Plan, device: torch.device) -> list[Case]:
     """Latency of an update and of its pieces, then memory; for every block, and unstructured."""
-    blocks: list[Block] = [(block, block) for block in bench.plan.blocks]
-    for block in [*blocks, (1, 1)]:
-        verdict = bench.gate.verdict("three", block, KIND)
-        yield _latency(bench, block, verdict)
-        yield from _pieces(bench, block)
-    yield _memory(bench, None, "ok")
-    for block in [*blocks, (1, 1)]:
-        yield _memory(bench, block, bench.gate.verdict("three", block, KIND))
+    del device
+    blocks: list[Block] = [*((block, block) for block in plan.blocks), (1, 1)]
+    cases = [
+        Case(f"{name} {block[0]}", partial(run, block=block), 2.5)
+        for name, run in (("update", _latency), ("update pieces", _pieces))
+        for block in blocks
+    ]
+    everyone: list[Block | None] = [None, *blocks]
+    return cases + [
+        Case(f"memory {block[0] if block else 'dense'}", partial(_memory, block=block), 1.0)
+        for block in everyone
+    ]
 
 
 class Training(NamedTuple):
@@ -70,13 +76,15 @@ def _training(bench: Bench, shape: Shape, block: Block | None) -> Training:
     return Training(layer, torch.optim.AdamW(layer.parameters(), lr=1e-4), x, dy)
 
 
-def _latency(bench: Bench, block: Block, verdict: str) -> Row:
+def _latency(bench: Bench, block: Block) -> Iterator[Row]:
     """A batch that updates the topology, against the weight steps between two updates."""
     shape, dry = bench.shape_for(block), bench.plan.dry
+    verdict = bench.gate.verdict("three", block, KIND)
     row: Row = {"what": "RigL update", "block": list(block), **shape._asdict()}
     row |= {"density": DENSITY, "kind": KIND, "status": verdict}
     if verdict != "ok":
-        return row | {"step_ms": None, "update_ms": None, "percent": None}
+        yield row | {"step_ms": None, "update_ms": None, "percent": None}
+        return
     sparse, dense = _training(bench, shape, block), _training(bench, shape, None)
     steps, updates, warm = (1, 1, 1) if dry else (10, 5, 3)
     for training in (sparse, dense):
@@ -90,7 +98,7 @@ def _latency(bench: Bench, block: Block, verdict: str) -> Row:
     if len(method.history) != updates + 1:
         raise RuntimeError(f"expected {updates + 1} updates; got {len(method.history)}")
     spent = statistics.median(batch for batch, _ in pairs[1:])  # the first one allocates
-    return row | {
+    yield row | {
         "step_ms": 1e3 * step,
         "dense_step_ms": 1e3 * dense_step,
         "update_ms": 1e3 * spent,
@@ -123,16 +131,18 @@ def _pieces(bench: Bench, block: Block) -> Iterator[Row]:
         yield row
 
 
-def _memory(bench: Bench, block: Block | None, verdict: str) -> Row:
+def _memory(bench: Bench, block: Block | None) -> Iterator[Row]:
     """Held between steps, and at the peak of one, with AdamW; few tokens, so weights dominate."""
     shape = bench.plan.graph_shape
+    verdict = bench.gate.verdict("three", block, KIND) if block else "ok"
     row: Row = {"what": "memory", "block": list(block) if block else None, **shape._asdict()}
     row |= {"density": DENSITY if block else 1.0, "kind": KIND, "status": verdict}
     empty: Row = {"held_mib": None, "peak_mib": None}
+    if verdict == "ok" and bench.device.type != "cuda":
+        verdict = "skipped: needs CUDA"
     if verdict != "ok":
-        return row | empty
-    if bench.device.type != "cuda":
-        return row | empty | {"status": "skipped: needs CUDA"}
+        yield row | empty | {"status": verdict}
+        return
     gc.collect()  # layers and methods of earlier rows refer to each other
     base = torch.cuda.memory_allocated()
     training = _training(bench, shape, block)
@@ -143,4 +153,4 @@ def _memory(bench: Bench, block: Block | None, verdict: str) -> Row:
     torch.cuda.reset_peak_memory_stats()
     training.step()
     peak = torch.cuda.max_memory_allocated() - base - activations
-    return row | {"held_mib": held / 2**20, "peak_mib": peak / 2**20}
+    yield row | {"held_mib": held / 2**20, "peak_mib": peak / 2**20}
