@@ -12,7 +12,7 @@ from sparsekern.carry.hand_over import HandOver, Optimizers, as_optimizers, comm
 from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.init import TORCH_GAIN
-from sparsekern.nn.kinds import SPARSE_TYPES, weights_of
+from sparsekern.nn.kinds import SPARSE_KINDS, SPARSE_TYPES, sparse_type, weights_of
 from sparsekern.nn.pruned import unpruned
 from sparsekern.ops.dispatch import check_impl
 from sparsekern.swap import record
@@ -174,7 +174,7 @@ def densify_(model: nn.Module) -> nn.Module:
             own. Whatever is raised, the model is as it was.
     """
     check_model(model)
-    kinds = tuple(SPARSE_TYPES.values())
+    kinds = SPARSE_KINDS
     if isinstance(model, kinds):
         raise DtypeError("`model` must contain layers; a single one has `to_dense`")
     check_unwrapped(model, "densify_")
@@ -214,7 +214,7 @@ def _check(model: nn.Module, sparsity: float, init: str | None, impl: str | None
     if weights_of(unpruned(model)):
         raise DtypeError(
             f"`model` must contain layers; for a single one use "
-            f"{SPARSE_TYPES[type(model)].__name__}.from_dense"
+            f"{sparse_type(type(model)).__name__}.from_dense"
         )
     if isinstance(model, SparseLayer):
         raise DtypeError("`model` must contain layers; a single sparse one can't be replaced")
