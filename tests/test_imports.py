@@ -26,6 +26,7 @@ FLOORS = [
     ("sparsekern.cost",),
     ("sparsekern.profiling", "sparsekern.planning"),
     ("sparsekern.models", "sparsekern.training", "sparsekern.tuning"),
+    ("sparsekern.integrations",),
     ("sparsekern.cli",),
     ("sparsekern.__main__",),
 ]

@@ -137,7 +137,10 @@ class WeightView:
         """Refuse to act as a tensor; torch's fused inference paths then step aside."""
         raise DtypeError(f"{getattr(func, '__name__', func)} needs a dense tensor: {HELP}")
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
+        marks = getattr(getattr(self._layer, "values", None), "__dict__", {})  # what others have put on the weight
+        if name in marks:
+            return marks[name]
         raise WeightError(_refusal(name))
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ from sparsekern.nn.pruned import unpruned
 from sparsekern.ops.dispatch import check_impl
 from sparsekern.swap import record
 from sparsekern.swap.build import Drawing, Made, dense_layer, sparse_layer
+from sparsekern.swap.hosts import describe
 from sparsekern.swap.masks import by_masks, by_pruning
 from sparsekern.swap.patterns import Pattern
 from sparsekern.swap.refuse import check_model, check_unwrapped, follower_name, refuse_followed
@@ -279,6 +280,7 @@ def _commit(
         replace_all(model, made, undo)
         commit(moved, undo)
         record.write(model, asked, undo)
+    describe(model)
 
 
 def _say(made: list[Made], moved: HandOver, init: str | None) -> None:
