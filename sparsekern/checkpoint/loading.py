@@ -16,7 +16,8 @@ from sparsekern.checkpoint.optimizers import Optimizers, as_tuple, kept, unpacke
 from sparsekern.checkpoint.tree import decode
 from sparsekern.errors import CheckpointError, ConfigError, DtypeError, told
 from sparsekern.methods import Method
-from sparsekern.nn.attention import SparseMultiheadAttention, split_packed
+from sparsekern.nn import SparseMultiheadAttention
+from sparsekern.nn.attention_parts import split_packed
 from sparsekern.swap import sparse_layers
 
 CONNECTIONS = ("keep", "magnitude")

@@ -27,7 +27,7 @@ from sparsekern.topology.blocks import Grid
 METHOD = "sparsekern"
 
 
-@register_quantization_config(METHOD)  # type: ignore[untyped-decorator]
+@register_quantization_config(METHOD)
 class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says of a sparse model.
 
@@ -41,7 +41,7 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.layers = {} if layers is None else layers
 
 
-@register_quantizer(METHOD)  # type: ignore[untyped-decorator]
+@register_quantizer(METHOD)
 class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
     """Makes the layers of a model sparse before its weights are loaded, and checks them after."""
 
@@ -96,7 +96,9 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 layer.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()})
             except (ValueError, RuntimeError) as error:
-                raise CheckpointError(f"sparse layer {name!r} of the checkpoint: {error}") from error
+                raise CheckpointError(
+                    f"sparse layer {name!r} of the checkpoint: {error}"
+                ) from error
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Any, dict[str, str]]:

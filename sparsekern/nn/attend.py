@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from sparsekern.errors import ConfigError, ShapeError
 
@@ -15,7 +15,14 @@ Masks = tuple[Tensor | None, Tensor | None]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layer: Any, *, masks: Masks, need_weights: bool, is_causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: Any,
+    *,
+    masks: Masks,
+    need_weights: bool,
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """What `nn.MultiheadAttention` does between its two projections.
 
@@ -45,17 +52,17 @@ def attend(
         k, v = (torch.cat([t, t.new_zeros(1, batch, features)]) for t in (k, v))
     extra = (layer.bias_k is not None) + bool(layer.add_zero_attn)
     if mask is not None and extra:
-        mask = F.pad(mask, (0, extra))
+        mask = functional.pad(mask, (0, extra))
     # the causal hint means the lower left corner, where no keys were added
     q, k, v = (t.reshape(t.shape[0], batch, heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
     rate = layer.dropout if layer.training else 0.0
     if not need_weights:
-        out = F.scaled_dot_product_attention(q, k, v, mask, rate, causal)
+        out = functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
         return out.permute(2, 0, 1, 3).reshape(length, batch, features), None
     scores = (q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1)
     weights = torch.softmax(scores if mask is None else scores + mask, -1)
     if rate:
-        weights = F.dropout(weights, rate)
+        weights = functional.dropout(weights, rate)
     return (weights @ v).permute(2, 0, 1, 3).reshape(length, batch, features), weights
 
 

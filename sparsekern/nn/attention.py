@@ -11,6 +11,15 @@ from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.attend import attend
+from sparsekern.nn.attention_parts import (
+    BIASES,
+    PROJECTIONS,
+    arguments,
+    copy_biases,
+    projection,
+    projections,
+    split_packed,
+)
 from sparsekern.nn.connections import check_mask, topology_of
 from sparsekern.nn.init import TORCH_GAIN
 from sparsekern.nn.linear import SparseLinear
@@ -18,39 +27,6 @@ from sparsekern.nn.recurrent.arguments import Shares, by_name
 from sparsekern.nn.view import PackedView
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block, check_sparsity
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-_BIASES = ("in_proj_bias", "bias_k", "bias_v")
-
-
-def projections(module: nn.MultiheadAttention) -> dict[str, Tensor]:
-    """The four weight matrices of torch's layer, detached, by the names they have here."""
-    if module._qkv_same_embed_dim:
-        held = list(module.in_proj_weight.detach().chunk(3))
-    else:
-        separate: Any = module
-        held = [getattr(separate, f"{name}_weight").detach() for name in PROJECTIONS[:3]]
-    return dict(zip(PROJECTIONS, [*held, module.out_proj.weight.detach()], strict=True))
-
-
-def split_packed(state: dict[str, Any], prefix: str) -> None:
-    """Give the entries of torch's layer in a state_dict the names they have here.
-
-    The packed `in_proj_weight` (3 E, E) is three of them.
-    """
-    packed = state.get(f"{prefix}in_proj_weight")
-    if isinstance(packed, Tensor):
-        del state[f"{prefix}in_proj_weight"]
-        if packed.dim() != 2 or packed.shape[0] % 3:
-            raise ShapeError(
-                f"`in_proj_weight` of {prefix!r} must be three matrices of as many rows; got shape "
-                f"{tuple(packed.shape)}"
-            )
-        for name, part in zip(PROJECTIONS[:3], packed.chunk(3), strict=True):
-            state[f"{prefix}{name}.weight"] = part
-    for name in PROJECTIONS[:3]:
-        if f"{prefix}{name}_weight" in state:
-            state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}_weight")
 
 
 class SparseMultiheadAttention(nn.Module):
@@ -87,6 +63,10 @@ class SparseMultiheadAttention(nn.Module):
     """
 
     _qkv_same_embed_dim = False  # what torch's fused inference path asks before it takes weights
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
     in_proj_bias: nn.Parameter | None
@@ -140,11 +120,12 @@ class SparseMultiheadAttention(nn.Module):
             "device": device or torch.get_default_device(),
             "dtype": dtype or torch.get_default_dtype(),
         }
-        for name, topology in by_name("topologies", topologies, shapes).items():
-            self.add_module(name, _projection(name, shapes[name], topology, impl, bias, where))
+        every: dict[str, Topology | None] = by_name("topologies", topologies, shapes)
+        for name, topology in every.items():
+            self.add_module(name, projection(name, shapes[name], topology, impl, bias, where))
         one = (1, 1, embed_dim)
         sizes = {"in_proj_bias": (3 * embed_dim,) if bias else None}
-        sizes |= dict.fromkeys(_BIASES[1:], one if add_bias_kv else None)  # type: ignore[arg-type]
+        sizes |= dict.fromkeys(BIASES[1:], one if add_bias_kv else None)  # type: ignore[arg-type]
         for name, size in sizes.items():
             empty = None if size is None else nn.Parameter(torch.zeros(size, **where))
             self.register_parameter(name, empty)
@@ -152,9 +133,7 @@ class SparseMultiheadAttention(nn.Module):
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         E = self.embed_dim
-        return dict(
-            zip(PROJECTIONS, ((E, E), (E, self.kdim), (E, self.vdim), (E, E)), strict=True)
-        )
+        return dict(zip(PROJECTIONS, ((E, E), (E, self.kdim), (E, self.vdim), (E, E)), strict=True))
 
     @property
     def is_packed(self) -> bool:
@@ -231,7 +210,9 @@ class SparseMultiheadAttention(nn.Module):
         """
         given = {"query": query, "key": key, "value": value}
         if any(t.is_nested for t in given.values()):
-            raise DtypeError("sparse attention takes no nested tensors: pad them (to_padded_tensor)")
+            raise DtypeError(
+                "sparse attention takes no nested tensors: pad them (to_padded_tensor)"
+            )
         for (name, tensor), size in zip(
             given.items(), (self.embed_dim, self.kdim, self.vdim), strict=True
         ):
@@ -315,13 +296,14 @@ class SparseMultiheadAttention(nn.Module):
         if sparsity is not None and mask is not None:
             raise ConfigError("give `sparsity` or `mask`, not both")
         weights = projections(module)
-        asked: Mapping[str, Any] = by_name("sparsity", sparsity, weights) if mask is None else mask
+        given: Any = sparsity if mask is None else mask
+        asked: dict[str, Any] = by_name("sparsity" if mask is None else "mask", given, weights)
         chosen: dict[str, Topology | None] = {}
-        for name, value in by_name("mask", asked, weights).items():
+        for name, value in asked.items():
             if mask is not None and value is not None:
                 check_mask(value, weights[name])
                 chosen[name] = topology_of(weights[name], block, mask=value)
-            elif value is not None or sparsity is None and mask is None:
+            elif value is not None or given is None:
                 chosen[name] = topology_of(weights[name], block, sparsity=value)
             else:
                 chosen[name] = None
@@ -341,7 +323,7 @@ class SparseMultiheadAttention(nn.Module):
         """
         weights = projections(module)
         made = cls(
-            **_arguments(module),
+            **arguments(module),
             topologies=topologies,
             impl=impl,
             generator=torch.Generator("cpu").manual_seed(0),  # all of it is overwritten below
@@ -358,15 +340,13 @@ class SparseMultiheadAttention(nn.Module):
             else:
                 layer.weight.data.copy_(weight)
                 layer.weight.requires_grad_(needs.requires_grad)
-        _copy_biases(module, made)
+        copy_biases(module, made)
         return made.train(module.training)
 
     def to_dense(self) -> nn.MultiheadAttention:
         """Torch's layer with the same weights, zeros filled in."""
         like: Any = self.out_proj.weight
-        module = nn.MultiheadAttention(
-            **_arguments(self), device=like.device, dtype=like.dtype
-        )
+        module = nn.MultiheadAttention(**arguments(self), device=like.device, dtype=like.dtype)
         held = projections(module)
         for name, layer in self.named_children():
             sparse: Any = layer
@@ -377,7 +357,7 @@ class SparseMultiheadAttention(nn.Module):
             if name.endswith("weight"):
                 source = like if name.startswith("out") else first
                 parameter.requires_grad_(source.requires_grad)
-        _copy_biases(self, module)
+        copy_biases(self, module)
         return module.train(self.training)
 
     # ---- torch plumbing
@@ -395,42 +375,3 @@ class SparseMultiheadAttention(nn.Module):
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
             f"batch_first={self.batch_first}"
         )
-
-
-def _projection(
-    name: str,
-    shape: tuple[int, int],
-    topology: Topology | None,
-    impl: str | None,
-    bias: bool,
-    where: dict[str, Any],
-) -> nn.Module:
-    """One of the four: biases of the first three are one parameter, as in torch."""
-    rows, cols = shape
-    bias = bias and name == "out_proj"
-    if topology is None:
-        made: nn.Module = nn.utils.skip_init(nn.Linear, cols, rows, bias=bias, **where)
-        return made
-    unused = torch.Generator("cpu").manual_seed(0)
-    return SparseLinear(
-        cols, rows, bias, topology=topology, impl=impl, generator=unused, **where
-    )
-
-
-def _arguments(module: Any) -> dict[str, Any]:
-    """Of the constructors of torch's layer and of ours."""
-    same = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
-    return {name: getattr(module, name) for name in same} | {
-        "bias": module.in_proj_bias is not None,
-        "add_bias_kv": module.bias_k is not None,
-    }
-
-
-def _copy_biases(source: Any, target: Any) -> None:
-    for own, other in [
-        *((getattr(target, n), getattr(source, n)) for n in _BIASES),
-        (target.out_proj.bias, source.out_proj.bias),
-    ]:
-        if own is not None:
-            own.data.copy_(other.detach())
-            own.requires_grad_(other.requires_grad)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparsekern.nn.attention import SparseMultiheadAttention, projections
+from sparsekern.nn.attention import SparseMultiheadAttention
+from sparsekern.nn.attention_parts import projections
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d, matrix_of
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.pruned import pruned_tensors, unpruned

@@ -1,4 +1,4 @@
-"""`SparseTransposedLinear`: for layers that hold their weight as (inputs, outputs), as GPT-2's do."""
+"""`SparseTransposedLinear`: for layers with a weight of shape (inputs, outputs), as GPT-2's."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def dense_type() -> Any:
 
 def _as_linear(module: Any) -> nn.Linear:
     """A linear layer with the same weights."""
-    made: nn.Linear = nn.utils.skip_init(
+    empty: Any = nn.utils.skip_init
+    made: nn.Linear = empty(
         nn.Linear, module.nx, module.nf, device=module.weight.device, dtype=module.weight.dtype
     )
     made.weight = nn.Parameter(module.weight.detach().t(), module.weight.requires_grad)

@@ -38,17 +38,19 @@ class WeightView:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        return self._layer.values.dtype
+        dtype: torch.dtype = self._layer.values.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the values."""
-        return self._layer.values.device
+        device: torch.device = self._layer.values.device
+        return device
 
     @property
     def requires_grad(self) -> bool:
         """Whether the values are trained."""
-        return self._tracked and self._layer.values.requires_grad
+        return self._tracked and bool(self._layer.values.requires_grad)
 
     @property
     def ndim(self) -> int:
@@ -58,12 +60,12 @@ class WeightView:
     @property
     def is_cuda(self) -> bool:
         """Whether the values are on a CUDA device."""
-        return self._layer.values.is_cuda
+        return bool(self._layer.values.is_cuda)
 
     @property
     def is_meta(self) -> bool:
         """Whether the values are on the meta device."""
-        return self._layer.values.is_meta
+        return bool(self._layer.values.is_meta)
 
     @property
     def data(self) -> WeightView:
@@ -122,7 +124,8 @@ class WeightView:
 
     def to_dense(self) -> Tensor:
         """The dense weight, made anew and detached; zero where nothing is active."""
-        return self._layer.dense_weight()
+        dense: Tensor = self._layer.dense_weight()
+        return dense
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -138,7 +141,9 @@ class WeightView:
         raise DtypeError(f"{getattr(func, '__name__', func)} needs a dense tensor: {HELP}")
 
     def __getattr__(self, name: str) -> Any:
-        marks = getattr(getattr(self._layer, "values", None), "__dict__", {})  # what others have put on the weight
+        marks = getattr(
+            getattr(self._layer, "values", None), "__dict__", {}
+        )  # what others have put on the weight
         if name in marks:
             return marks[name]
         raise WeightError(_refusal(name))

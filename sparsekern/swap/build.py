@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.carry.hand_over import Moved
 from sparsekern.nn import SparseLayer, SparseMultiheadAttention
-from sparsekern.nn.attention import PROJECTIONS
+from sparsekern.nn.attention_parts import PROJECTIONS
 from sparsekern.nn.connections import (
     block_weights,
     count_within,
@@ -136,9 +136,7 @@ def _sparser(layer: SparseLayer, topology: Topology, impl: str | None) -> Sparse
     return made.train(layer.training)
 
 
-def _draw(
-    old: nn.Module, layer: Any, parent: nn.Module, names: set[str], drawing: Drawing
-) -> None:
+def _draw(old: nn.Module, layer: Any, parent: nn.Module, names: set[str], drawing: Drawing) -> None:
     gain, generator = drawing.gain, drawing.generator
     if isinstance(layer, SparseRecurrent | SparseMultiheadAttention):
         layer.reset_parameters(generator, names=names, gain=gain)

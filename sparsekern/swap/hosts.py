@@ -1,4 +1,4 @@
-"""Models of other libraries, which keep a description of themselves: it is to say what is sparse."""
+"""Models of other libraries that keep a description of themselves: it says what is sparse."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-_HOSTS = {("transformers.modeling_utils", "PreTrainedModel"): "sparsekern.integrations.transformers"}
-"""Who describes the models of a class; imported for one, and only if the class is loaded already."""
+_HOSTS = {
+    ("transformers.modeling_utils", "PreTrainedModel"): "sparsekern.integrations.transformers"
+}
+"""Who describes the models of a class; imported for one, if the class is loaded already."""
 
 
 def describe(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from typing import Any
 
 from torch import nn
 
@@ -27,11 +28,11 @@ def multiplied_by_itself(model: nn.Module) -> dict[int, str]:
     """
     found = {}
     for module in model.modules():
-        for child in taken_weights(type(module)):
+        kind: Any = type(module)
+        for child in taken_weights(kind):
             layer = module._modules.get(child)
             if layer is not None:
-                kind = type(module).__name__
-                found[id(layer)] = f"{kind} multiplies by its weight itself"
+                found[id(layer)] = f"{kind.__name__} multiplies by its weight itself"
     return found
 
 

@@ -195,15 +195,16 @@ def _by_default(model: nn.Module, first_conv_stays: bool, named: bool) -> Callab
             return "it shares a parameter with another module"
         if is_depthwise(target.module):
             return "it is a depthwise convolution"
-        if not chosen and any(matches(p, target.owner) for p in DEFAULT_EXCLUDE):
+        return "" if chosen else habit(target)
+
+    def habit(target: Target) -> str:
+        if any(matches(p, target.owner) for p in DEFAULT_EXCLUDE):
             return "it is the output head of a language model"
-        if not chosen and any(part.startswith(_ADAPTER) for part in target.owner.split(".")):
+        if any(part.startswith(_ADAPTER) for part in target.owner.split(".")):
             return "it is a part of a low-rank adapter"
-        if not chosen and id(target.module) in multiplied:
-            return multiplied[id(target.module)]
-        if not chosen and target.module is first:
+        if target.module is first:
             return "it is the model's first convolution, and the distribution is uniform"
-        return ""
+        return multiplied.get(id(target.module), "")
 
     return why_not
 
