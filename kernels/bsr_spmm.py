@@ -16,8 +16,9 @@ depth of the pipeline.
 
 Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape and stride, blocks narrower than
 BK gathered several to an iteration; `_bsr_spmm_tma_kernel` loads and stores tiles through tensor
-descriptors and serves aligned operands on GPUs that have them. A third, which holds activations in
-shared memory, is in `bsr_spmm_resident` and runs where a launch table asks for it.
+descriptors and serves aligned operands on GPUs that have them. Two more run where a launch table
+asks for them: `bsr_spmm_persistent`, whose programs stay, and `bsr_spmm_resident`, which holds
+activations in shared memory.
 """
 
 # triton decorates without types
@@ -30,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import plans
+from . import optional, plans
 from .launch import (
     arch_class,
     compute_kind,
@@ -42,7 +43,7 @@ from .launch import (
     rows_class,
     tma_fits,
 )
-from .tables import SpmmConfig, find, optional
+from .tables import SpmmConfig, find
 
 __all__ = ["bsr_spmm", "bsr_spmm_t"]
 
@@ -264,6 +265,7 @@ class _Cut(NamedTuple):
     tile: SpmmConfig
     tma: bool
     ring_kb: int | None  # shared memory for weights in the kernel that holds activations
+    stages: int | None  # of the kernel whose programs stay
     options: dict[str, Any]
 
 
@@ -283,15 +285,18 @@ def _launch(
     plan = plans.find(_bsr_spmm_kernel, x, _key(given))
     cut: _Cut = plan.decide(_cut, given)
     if cut.ring_kb is not None:
-        return _launch_resident(x, values, side, bias, n_out, cut.ring_kb)
+        return optional.launch_held(x, values, side, bias, n_out, cut.ring_kb)
     start, inner, perm, order = side
     indices = start, inner, inner if perm is None else perm, order
     tensors = x, values, *indices, x if bias is None else bias, y
-    kernel = plan.start(_bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel, tensors)
+    kernel = plan.start(_kernel_of(cut), tensors)
     if kernel is not None:
         sb = 0 if bias is None else bias.stride(0)
         with torch.cuda.device_of(x):
-            (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, sb)
+            if cut.stages is not None:
+                optional.launch_stages(kernel, tensors, cut.options, cut.stages, sb)
+            else:
+                (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, sb)
     return in_dtype(y, x.dtype)
 
 
@@ -335,37 +340,16 @@ def _cut(given: _Given) -> _Cut:
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-    ring_kb = _ring_kb(x, values, side.perm is not None, relu)
-    return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, options)
+    trans, compiled = side.perm is not None, not is_interpreted(_bsr_spmm_kernel)
+    ring_kb = optional.held_ring(x, values, trans, relu) if compiled else None
+    stages = optional.stages(x, values, y, trans) if compiled else None
+    return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, stages, options)
 
 
-def _ring_kb(x: torch.Tensor, values: torch.Tensor, trans: bool, relu: bool) -> int | None:
-    """Shared memory of the kernel that holds activations, if a table asks for it and it fits."""
-    arch, op = arch_class(x.device), "spmm_t_resident" if trans else "spmm_resident"
-    _, bh, bw = values.shape
-    entry = optional(arch, op, compute_kind(x.dtype), max(bh, bw))
-    if entry is None or relu or is_interpreted(_bsr_spmm_kernel):
-        return None
-    from .bsr_spmm_resident import resident_fits  # noqa: PLC0415  Gluon is heavy, seldom needed
-
-    fits = resident_fits(arch, x.dtype, (bh, bw), x.shape[1], trans, entry.RING_KB)
-    return int(entry.RING_KB) if fits else None
-
-
-def _launch_resident(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    side: _Side,
-    bias: torch.Tensor | None,
-    n_out: int,
-    ring_kb: int,
-) -> torch.Tensor:
-    from . import bsr_spmm_resident as resident  # noqa: PLC0415  likewise
-
-    start, inner, perm, _ = side
-    if perm is None:
-        return resident.bsr_spmm_resident(x, values, start, inner, bias, n_out, ring_kb=ring_kb)
-    return resident.bsr_spmm_t_resident(x, values, start, inner, perm, n_out, ring_kb=ring_kb)
+def _kernel_of(cut: _Cut) -> Any:
+    if cut.stages is not None:
+        return optional.persistent_kernel()
+    return _bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel
 
 
 def _launch_pointer(
