@@ -141,11 +141,11 @@ class WeightView:
         raise DtypeError(f"{getattr(func, '__name__', func)} needs a dense tensor: {HELP}")
 
     def __getattr__(self, name: str) -> Any:
-        marks = getattr(
-            getattr(self._layer, "values", None), "__dict__", {}
-        )  # what others have put on the weight
-        if name in marks:
-            return marks[name]
+        # what others have put on the weight; a copy that is being made has no layer yet
+        if name not in WeightView.__slots__:
+            marks = getattr(getattr(self._layer, "values", None), "__dict__", {})
+            if name in marks:
+                return marks[name]
         raise WeightError(_refusal(name))
 
     def __setattr__(self, name: str, value: Any) -> None:
