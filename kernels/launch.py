@@ -11,12 +11,15 @@ import triton
 
 __all__ = [
     "BLOCK_EDGES",
+    "aligned_rows",
     "arch_class",
     "compute_kind",
     "empty",
+    "has_aligned_rows",
     "in_dtype",
     "input_precision",
     "is_interpreted",
+    "load_unit",
     "output_dtype",
     "rows_class",
     "splits",
@@ -24,9 +27,13 @@ __all__ = [
     "tma_fits",
     "token_chunk",
     "tokens_contiguous",
+    "unit_of",
 ]
 
 BLOCK_EDGES = (16, 32, 64, 128)
+
+# of the widest asynchronous copy to shared memory; narrower than 4 there is none
+_LOAD_BYTES = 16
 
 # elements of a transposed copy of the activations that a CSR launcher may hold at once: the copy
 # then stays near the L2 cache of a data-center GPU, and its memory does not grow with the batch
@@ -114,6 +121,43 @@ def tma_fits(*matrices: torch.Tensor) -> bool:
         and max(a.shape) < 2**31
         for a in matrices
     )
+
+
+def load_unit(dtype: torch.dtype) -> int:
+    """Elements of one 16-byte load: what strides and sizes are counted in."""
+    return _LOAD_BYTES // dtype.itemsize
+
+
+def unit_of(size: int, dtype: torch.dtype) -> int:
+    """`load_unit` if it divides a size, else 1."""
+    unit = load_unit(dtype)
+    return unit if size % unit == 0 else 1
+
+
+def has_aligned_rows(x: torch.Tensor) -> bool:
+    """Whether a matrix is rows of whole 16-byte loads: dense, each beginning at such a multiple."""
+    unit = load_unit(x.dtype)
+    return (
+        x.stride(1) == 1
+        and x.stride(0) % unit == 0
+        and x.shape[1] % unit == 0
+        and x.data_ptr() % _LOAD_BYTES == 0
+    )
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """The same matrix in rows of whole 16-byte loads, zeros behind them; a copy unless it has them.
+
+    A kernel that loads anything narrower than 4 bytes has no pipeline; the copy costs twice the
+    bytes of x, once.
+    """
+    if has_aligned_rows(x):
+        return x
+    (M, K), unit = x.shape, load_unit(x.dtype)
+    rows = x.new_empty(M, triton.cdiv(K, unit) * unit)
+    rows[:, :K] = x
+    rows[:, K:] = 0
+    return rows
 
 
 def splits(arch: str, programs: int, steps: int) -> int:

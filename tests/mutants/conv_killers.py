@@ -102,8 +102,12 @@ def launched(p, what, bound):
     # where the launcher looks it up: a mutant's is another module than the one it stands in for
     names = getattr(module, module.__name__.rpartition(".")[2]).__globals__
     layout = names[name]
+
+    def seen(layout):
+        return layout._replace(copied=lambda a: images.append(len(a)) or layout.copied(a))
+
     try:
-        names[name] = layout._replace(copied=lambda a: images.append(len(a)) or layout.copied(a))
+        names[name] = seen(layout) if name == "COLUMNS" else lambda groups: seen(layout(groups))
         return images if right(p, what) else None
     finally:
         launch.CHUNK_ELEMENTS = before
@@ -135,7 +139,7 @@ def both_by_pairs(p, what):
         names["columns_adjacent"] = adjacent
 
 
-LAUNCHERS = {False: (bsr_conv2d, "CHANNELS"), True: (csr_conv2d, "COLUMNS")}
+LAUNCHERS = {False: (bsr_conv2d, "channels_layout"), True: (csr_conv2d, "COLUMNS")}
 
 
 def turned(p, what):

@@ -87,9 +87,13 @@ EQUIVALENT = (
         "_cut",
         "condition dropped",
         "x.shape[1] % reduce == 0 and reduce * x.element_size() >= _TMA_ROW_BYTES "
-        "and tma_fits(x, values.view(-1, bw), y)",
-        "x.shape[1] % reduce == 0 and tma_fits(x, values.view(-1, bw), y)",
+        "and tma_fits(values.view(-1, bw), y) and (copied or tma_fits(x))",
+        "x.shape[1] % reduce == 0 and tma_fits(values.view(-1, bw), y) and (copied or tma_fits(x))",
         CHOICE,
+    ),
+    Equivalent("_cut", "condition dropped", "copied or tma_fits(x)", None, CHOICE),
+    Equivalent(
+        "_bsr_spmm_kernel", "condition dropped", "K_UNIT == 1 and (not TRANS)", None, CHOICE
     ),
     Equivalent("_cut", "constant", "0", "1", CHOICE, "x.shape[1] % reduce"),
     Equivalent(
