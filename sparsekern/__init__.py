@@ -37,6 +37,7 @@ from sparsekern.nn import (
     SparseLinear,
     SparseLSTM,
     SparseLSTMCell,
+    SparseMultiheadAttention,
     SparseRNN,
     SparseRNNCell,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "SparseLSTM",
     "SparseLSTMCell",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SparseRNN",
     "SparseRNNCell",
     "Static",

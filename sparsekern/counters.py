@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import flop_registry
 
 from sparsekern.nn import SparseLayer
-from sparsekern.nn.kinds import SPARSE_TYPES
+from sparsekern.nn.attention import SparseMultiheadAttention
+from sparsekern.nn.kinds import SPARSE_KINDS
 from sparsekern.nn.recurrent import SparseRecurrent
 from sparsekern.ops import flops
 
@@ -47,6 +48,10 @@ def layer_macs(module: nn.Module, output: Any) -> int:
     return tokens * _applied(layer)
 
 
+# attention is counted by its projections, which are called
+_COUNTED = [kind for kind in SPARSE_KINDS if kind is not SparseMultiheadAttention]
+
+
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Handles for `FlopCountAnalysis(...).set_op_handle(**handles)`, by operator.
 
@@ -64,7 +69,7 @@ def thop_ops() -> dict[type[nn.Module], Callable[[Any, Any, Any], None]]:
     adds the elementwise work of torch's own recurrent layers to theirs; for sparse ones it is
     products alone.
     """
-    return dict.fromkeys(SPARSE_TYPES.values(), _add_total_ops)
+    return dict.fromkeys(_COUNTED, _add_total_ops)
 
 
 def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
@@ -78,7 +83,7 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     costs one MAC for each output in the backend "pytorch", and another one as the function that it
     calls unless those are left out; in "aten" it costs nothing.
     """
-    layers: dict[Any, Callable[..., Any]] = dict.fromkeys(SPARSE_TYPES.values(), _add_flops)
+    layers: dict[Any, Callable[..., Any]] = dict.fromkeys(_COUNTED, _add_flops)
     operators = {getattr(torch.ops.sparsekern, n): _aten_hook(n) for n in flops.OPERATORS}
     # how a matrix that stays dense in a recurrent layer shows up there
     return layers | operators | {torch.ops.aten.linear: _aten_linear}

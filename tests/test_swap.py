@@ -86,10 +86,11 @@ def test_model_gets_the_exact_number_of_weights():
 
 def test_defaults_leave_alone_what_the_field_leaves_alone():
     model = sparsify_(TinyLM(), 0.5, distribution="uniform")
-    assert set(sparse_layers(model)) == {"up", "down"}
+    attention = {f"attention.{name}_proj" for name in ("q", "k", "v", "out")}
+    assert set(sparse_layers(model)) == {"up", "down"} | attention
     assert model.tied.weight is model.embed.weight
     everything = sparsify_(TinyLM(), 0.5, distribution="uniform", filter_fn=lambda m, n: True)
-    assert set(sparse_layers(everything)) == {"up", "down", "tied", "lm_head"}
+    assert set(sparse_layers(everything)) == {"up", "down", "tied", "lm_head"} | attention
 
 
 def test_patterns_and_distributions_by_name():

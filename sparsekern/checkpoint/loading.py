@@ -16,6 +16,8 @@ from sparsekern.checkpoint.optimizers import Optimizers, as_tuple, kept, unpacke
 from sparsekern.checkpoint.tree import decode
 from sparsekern.errors import CheckpointError, ConfigError, DtypeError, told
 from sparsekern.methods import Method
+from sparsekern.nn import SparseMultiheadAttention
+from sparsekern.nn.attention_parts import split_packed
 from sparsekern.swap import sparse_layers
 
 CONNECTIONS = ("keep", "magnitude")
@@ -169,6 +171,9 @@ def _found(content: file.Content, model: nn.Module) -> dict[str, SavedLayer]:
 
 def _choose_largest(model: nn.Module, saved: dict[str, SavedLayer], state: dict[str, Any]) -> None:
     """Put sparse states in the place of dense weights of sparse layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMultiheadAttention):
+            split_packed(state, f"{name}." if name else "")
     for name, layer in sparse_layers(model).items():
         before = f"{name}." if name else ""
         owner, _, own = name.rpartition(".")

@@ -12,6 +12,7 @@ from sparsekern.cost.examples import Call
 from sparsekern.nn import SparseConv1d, SparseConv2d, SparseLayer, SparseLinear
 from sparsekern.nn.kinds import weights_of
 from sparsekern.nn.recurrent.base import SparseRecurrent
+from sparsekern.nn.transposed import is_transposed
 
 
 class Use(NamedTuple):
@@ -58,9 +59,9 @@ def use_of(module: nn.Module, call: Call) -> Use | None:
         channels, applied = (module.in_channels, x) if back else (module.out_channels, call.output)
         tokens = applied.numel() // int(channels)
         numbers = x.numel() + call.output.numel()
-    elif isinstance(module, nn.Linear | SparseLinear):
+    elif isinstance(module, nn.Linear | SparseLinear) or is_transposed(type(module)):
         tokens = x.numel() // x.shape[-1]
-        numbers = tokens * (module.in_features + module.out_features)
+        numbers = x.numel() + call.output.numel()
     elif isinstance(module, _RECURRENT):
         tokens = x.numel() // x.shape[-1]
         numbers, steps = tokens * _features(module), _steps(module, given)

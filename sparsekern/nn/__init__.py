@@ -1,5 +1,6 @@
 """Layers whose weights are sparse in memory."""
 
+from sparsekern.nn.attention import SparseMultiheadAttention
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d
 from sparsekern.nn.linear import SparseLinear
@@ -12,6 +13,7 @@ from sparsekern.nn.recurrent import (
     SparseRNN,
     SparseRNNCell,
 )
+from sparsekern.nn.transposed import SparseTransposedLinear
 from sparsekern.nn.view import WeightView
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "SparseLSTMCell",
     "SparseLayer",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SparseRNN",
     "SparseRNNCell",
     "SparseRecurrent",
+    "SparseTransposedLinear",
     "WeightView",
 ]

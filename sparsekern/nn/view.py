@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from sparsekern.errors import DtypeError, WeightError
-
-if TYPE_CHECKING:
-    from sparsekern.nn.base import SparseLayer
 
 HELP = (
     "`layer.weight.to_dense()` makes a dense copy; the active weights are `layer.values`: write to "
@@ -27,7 +24,7 @@ class WeightView:
 
     __slots__ = ("_layer", "_tracked")
 
-    def __init__(self, layer: SparseLayer, tracked: bool = True) -> None:
+    def __init__(self, layer: Any, tracked: bool = True) -> None:
         self._layer = layer
         self._tracked = tracked
 
@@ -41,17 +38,19 @@ class WeightView:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        return self._layer.values.dtype
+        dtype: torch.dtype = self._layer.values.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the values."""
-        return self._layer.values.device
+        device: torch.device = self._layer.values.device
+        return device
 
     @property
     def requires_grad(self) -> bool:
         """Whether the values are trained."""
-        return self._tracked and self._layer.values.requires_grad
+        return self._tracked and bool(self._layer.values.requires_grad)
 
     @property
     def ndim(self) -> int:
@@ -61,12 +60,12 @@ class WeightView:
     @property
     def is_cuda(self) -> bool:
         """Whether the values are on a CUDA device."""
-        return self._layer.values.is_cuda
+        return bool(self._layer.values.is_cuda)
 
     @property
     def is_meta(self) -> bool:
         """Whether the values are on the meta device."""
-        return self._layer.values.is_meta
+        return bool(self._layer.values.is_meta)
 
     @property
     def data(self) -> WeightView:
@@ -125,7 +124,8 @@ class WeightView:
 
     def to_dense(self) -> Tensor:
         """The dense weight, made anew and detached; zero where nothing is active."""
-        return self._layer.dense_weight()
+        dense: Tensor = self._layer.dense_weight()
+        return dense
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -140,13 +140,86 @@ class WeightView:
         """Refuse to act as a tensor; torch's fused inference paths then step aside."""
         raise DtypeError(f"{getattr(func, '__name__', func)} needs a dense tensor: {HELP}")
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
+        # what others have put on the weight; a copy that is being made has no layer yet
+        if name not in WeightView.__slots__:
+            marks = getattr(getattr(self._layer, "values", None), "__dict__", {})
+            if name in marks:
+                return marks[name]
         raise WeightError(_refusal(name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in WeightView.__slots__:
             raise WeightError(f"`layer.weight.{name}` can't be assigned to: {HELP}")
         super().__setattr__(name, value)
+
+
+class PackedView(WeightView):
+    """Stands where `nn.MultiheadAttention` has `in_proj_weight`: three matrices as one (3 E, E)."""
+
+    __slots__ = ()
+
+    def _parts(self) -> list[Any]:
+        held: Any = self._layer
+        return [layer.weight for layer in (held.q_proj, held.k_proj, held.v_proj)]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(3 E, E)."""
+        rows, cols = self._parts()[0].shape
+        return torch.Size((3 * rows, cols))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self._parts()[0].dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the values."""
+        return self._parts()[0].device  # type: ignore[no-any-return]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the three is trained."""
+        return self._tracked and any(part.requires_grad for part in self._parts())
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the values are on a CUDA device."""
+        return self.device.type == "cuda"
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the values are on the meta device."""
+        return self.device.type == "meta"
+
+    @property
+    def data(self) -> PackedView:
+        """The same view, which is not trained."""
+        return PackedView(self._layer, tracked=False)
+
+    @property
+    def grad(self) -> None:
+        """None if there is no gradient.
+
+        Raises:
+            WeightError: there is one; it exists for the active weights only.
+        """
+        held: Any = self._layer
+        layers = (held.q_proj, held.k_proj, held.v_proj)
+        if self._tracked and any(p.grad is not None for m in layers for p in m.parameters()):
+            raise AttributeError
+
+    def norm(self, p: float | str = "fro") -> Tensor:
+        """The p-norm of all weights, detached."""
+        total: Tensor = torch.linalg.vector_norm(self.to_dense(), 2.0 if p == "fro" else float(p))
+        return total
+
+    def to_dense(self) -> Tensor:
+        """The dense matrix, made anew and detached."""
+        parts = [p.to_dense() if isinstance(p, WeightView) else p.detach() for p in self._parts()]
+        return torch.cat(parts)
 
 
 def refuse_assignment() -> NoReturn:

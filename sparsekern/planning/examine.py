@@ -65,7 +65,9 @@ def examine(
         first_conv_stays=distribution == "uniform",
     )
     depthwise = {t.owner for t in targets if is_depthwise(t.module)}
-    targets = [t for t in targets if t.owner not in depthwise]
+    # no cost is known of attention's projections, which get three inputs: they stay dense
+    attention = {t.owner for t in targets if isinstance(t.module, nn.MultiheadAttention)}
+    targets = [t for t in targets if t.owner not in depthwise | attention]
     if not targets:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
         raise ConfigError(f"`model` has no layer that could be made sparse ({kinds})")

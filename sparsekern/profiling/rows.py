@@ -30,7 +30,7 @@ class Trained(NamedTuple):
     state: Mapping[Any, Mapping[str, Any]]
 
 
-WHOLE = (SparseLayer, SparseRecurrent, *SPARSE_TYPES, nn.MultiheadAttention)
+WHOLE = (SparseLayer, SparseRecurrent, *SPARSE_TYPES)
 """Modules that are one row with all that they contain."""
 
 MATRICES = (nn.MultiheadAttention, nn.modules.conv._ConvNd, nn.Bilinear)

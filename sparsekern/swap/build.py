@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.carry.hand_over import Moved
-from sparsekern.nn import SparseLayer
+from sparsekern.nn import SparseLayer, SparseMultiheadAttention
+from sparsekern.nn.attention_parts import PROJECTIONS
 from sparsekern.nn.connections import (
     block_weights,
     count_within,
     largest_of,
     topology_of_largest,
 )
-from sparsekern.nn.conv import matrix_of
 from sparsekern.nn.init import draw_uniform_
 from sparsekern.nn.kinds import convert
 from sparsekern.nn.pruned import pruned_tensors, unpruned
@@ -65,6 +65,7 @@ class _Slot(NamedTuple):
     holder: nn.Module
     attribute: str
     name: str
+    rows: slice | None = None  # of a parameter that holds several matrices
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -81,7 +82,7 @@ def sparse_layer(targets: list[Target], parent: nn.Module, drawing: Drawing) -> 
         layer = convert(module, topologies, drawing.impl)
     drawn = {t.weight.name for t in targets if drawing.init == "sparse" and t.pruned is None}
     if drawn:
-        _draw(layer, parent, drawn, drawing)
+        _draw(module, layer, parent, drawn, drawing)
     return _taken(name, module, layer, drawn)
 
 
@@ -89,8 +90,9 @@ def dense_layer(name: str, module: nn.Module) -> Made:
     """Torch's layer with the weights of a sparse one."""
     sparse: Any = module  # all kinds have `to_dense`
     made = _taken(name, module, sparse.to_dense(), set())
-    for own, matrix in module.named_children() if isinstance(module, SparseRecurrent) else ():
-        if any(
+    several = isinstance(module, SparseRecurrent | SparseMultiheadAttention)
+    for own, matrix in module.named_children() if several else ():
+        if own != "out_proj" and any(
             hooks for key, hooks in vars(matrix).items() if "hooks" in key and "_with_" not in key
         ):
             made.lost.append(f"hooks on {f'{name}.{own}'!r}")
@@ -134,10 +136,13 @@ def _sparser(layer: SparseLayer, topology: Topology, impl: str | None) -> Sparse
     return made.train(layer.training)
 
 
-def _draw(layer: Any, parent: nn.Module, names: set[str], drawing: Drawing) -> None:
+def _draw(old: nn.Module, layer: Any, parent: nn.Module, names: set[str], drawing: Drawing) -> None:
     gain, generator = drawing.gain, drawing.generator
-    if isinstance(layer, SparseRecurrent):
+    if isinstance(layer, SparseRecurrent | SparseMultiheadAttention):
         layer.reset_parameters(generator, names=names, gain=gain)
+    elif isinstance(parent, SparseMultiheadAttention):
+        own = next(name for name, child in parent.named_children() if child is old)
+        layer.reset_parameters(generator, gain * parent.relative_gain(own))
     elif isinstance(parent, SparseRecurrent):  # as that would draw this matrix of it
         bound = 1 / math.sqrt(parent.hidden_size)
         layer.reset_values(generator, gain * math.sqrt(layer.in_features) * bound)
@@ -153,6 +158,8 @@ def _draw(layer: Any, parent: nn.Module, names: set[str], drawing: Drawing) -> N
 def _taken(name: str, old: nn.Module, new: nn.Module, drawn: set[str]) -> Made:
     """Give the new layer what the old one holds besides its weights."""
     lost = take_over(name, old, new)
+    if isinstance(old, _ATTENTION):
+        lost += _take_out_proj(name, old, new)
     moves, biases = [], []
     slots = dict(_slots(new))
     for key, slot in _slots(old):
@@ -171,7 +178,34 @@ def _taken(name: str, old: nn.Module, new: nn.Module, drawn: set[str]) -> Made:
         names = f"{name}.{slot.name}", f"{name}.{place.name}"
         if move is not None or names[0] != names[1]:
             moves.append(Moved(name, names, parameter, fresh, move or Tensor.clone))
-    return Made(old, new, moves, biases, bool(drawn), lost)
+    return Made(old, new, moves, biases, bool(drawn), list(dict.fromkeys(lost)))
+
+
+_ATTENTION = (nn.MultiheadAttention, SparseMultiheadAttention)
+
+
+def _take_out_proj(name: str, old: Any, new: Any) -> list[str]:
+    """The output projection is a module in torch's attention too: one that stays dense stays."""
+    if isinstance(old.out_proj, SparseLayer) or isinstance(new.out_proj, SparseLayer):
+        return take_over(f"{name}.out_proj", old.out_proj, new.out_proj)
+    new.out_proj = old.out_proj
+    return []
+
+
+def _attention_slots(module: Any) -> Iterator[tuple[tuple[str, str], _Slot]]:
+    for name in ("in_proj_bias", "bias_k", "bias_v"):
+        yield ("bias", name), _Slot(module, name, name)
+    yield ("bias", "out_proj"), _Slot(module.out_proj, "bias", "out_proj.bias")
+    for i, own in enumerate(PROJECTIONS):
+        if isinstance(module, SparseMultiheadAttention) or own == "out_proj":
+            layer = getattr(module, own)
+            attribute = "values" if isinstance(layer, SparseLayer) else "weight"
+            yield ("weight", own), _Slot(layer, attribute, f"{own}.{attribute}")
+        elif module._qkv_same_embed_dim:
+            rows = slice(i * module.embed_dim, (i + 1) * module.embed_dim)
+            yield ("weight", own), _Slot(module, "in_proj_weight", "in_proj_weight", rows)
+        else:
+            yield ("weight", own), _Slot(module, f"{own}_weight", f"{own}_weight")
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[tuple[str, str], _Slot]]:
@@ -182,7 +216,9 @@ def _slots(module: nn.Module) -> Iterator[tuple[tuple[str, str], _Slot]]:
         attribute += "_orig" if attribute in pruned else ""
         return _Slot(module, attribute, attribute)
 
-    if isinstance(module, SparseRecurrent):
+    if isinstance(module, _ATTENTION):
+        yield from _attention_slots(module)
+    elif isinstance(module, SparseRecurrent):
         for own, layer in module._matrices().items():
             for (kind, _), inner in _slots(layer):
                 yield (kind, own), inner._replace(name=f"{own}.{inner.name}")
@@ -201,18 +237,25 @@ def _move(old: _Slot, new: _Slot) -> Callable[[Tensor], Tensor] | None:
     if new.attribute == "values" and isinstance(after, SparseLayer):
         if old.attribute == "values" and isinstance(before, SparseLayer):
             return partial(_kept, before, after)
-        return partial(_packed, after)
+        return partial(_packed, after, old.rows)
     if old.attribute == "values" and isinstance(before, SparseLayer):
         return before.as_weight  # `densify_`, which no optimizer follows
+    if old.rows is not None or new.rows is not None:
+        return partial(_rows, old.rows)
     return Tensor.clone if old.attribute.endswith("_orig") else None
 
 
-def _packed(layer: SparseLayer, dense: Tensor) -> Tensor:
-    """A tensor of the dense weight's shape as one of the shape of `values`."""
+def _rows(rows: slice | None, tensor: Tensor) -> Tensor:
+    return (tensor if rows is None else tensor[rows]).clone()
+
+
+def _packed(layer: SparseLayer, rows: slice | None, dense: Tensor) -> Tensor:
+    """A tensor of the dense weight's shape, or rows of it, as one of the shape of `values`."""
+    dense = dense if rows is None else dense[rows]
     topology = layer.topology
     if topology.device != dense.device:  # state may be kept elsewhere
         topology = topology.to(dense.device)
-    blocks = topology.pack(dense if dense.dim() == 2 else matrix_of(dense))
+    blocks = topology.pack(layer.as_matrix(dense))
     return _stored(layer, topology, blocks)
 
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from sparsekern.errors import ConfigError
-from sparsekern.nn.kinds import SPARSE_TYPES
+from sparsekern.nn.kinds import SPARSE_KINDS, dense_counterpart, sparse_type
 from sparsekern.nn.recurrent import RECURRENT, SparseRecurrent
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 _HELD = ("_parameters", "_buffers", "_modules")
-_DENSE_TYPES = {sparse: dense for dense, sparse in SPARSE_TYPES.items()}
 
 
 def take_over(name: str, old: nn.Module, new: nn.Module) -> list[str]:
@@ -125,13 +124,13 @@ def _is_matrix(module: nn.Module, key: str) -> bool:
 def _kind(module: nn.Module) -> Any:
     """The class of torch or of ours that it is of, or is derived from."""
     kinds = type(module).__mro__
-    return next(kind for kind in kinds if kind in SPARSE_TYPES or kind in _DENSE_TYPES)
+    return next(kind for kind in kinds if sparse_type(kind) or kind in SPARSE_KINDS)
 
 
 @functools.cache
 def _usual(kind: Any) -> frozenset[str]:
     """Names of all that a fresh module of this class, torch's or ours, holds."""
-    dense: Any = _DENSE_TYPES.get(kind, kind)
+    dense: Any = dense_counterpart(kind)
     with torch.random.fork_rng(devices=()), torch.device("cpu"):  # draws nothing of the caller's
         module = dense(1, 1, 1) if issubclass(dense, nn.Conv1d | nn.Conv2d) else dense(1, 1)
         module = module if kind is dense else kind.from_dense(module)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.connections import check_mask, topology_of_mask
-from sparsekern.nn.conv import matrix_of
 from sparsekern.nn.conv_arguments import check_groups
 from sparsekern.nn.init import fan_in
 from sparsekern.swap.shares import Blocks, check_cut, unfit, with_blocks
@@ -105,7 +104,7 @@ def _masked(target: Target, mask: Tensor | None) -> Target:
 def _topology(target: Target, mask: Tensor | None) -> Topology:
     weight, module = target.weight, target.module
     checked = _checked(mask, weight.parameter)
-    matrix = checked if checked.dim() == 2 else matrix_of(checked)
+    matrix = weight.as_matrix(checked)
     topology = topology_of_mask(matrix, target.block, groups=weight.groups, taps=weight.taps)
     if isinstance(module, SparseLayer):
         own, new = module.topology.positions(), topology.positions()

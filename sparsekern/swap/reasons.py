@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, weights_of
+from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, sparse_type, weights_of
 from sparsekern.nn.pruned import unpruned
 
 NOT_CALLED = "`sparsify_` has not been called for it"
@@ -25,7 +25,7 @@ def reason(module: nn.Module, dimensions: int, *, is_shared: bool) -> str:
     kind = type(module)
     if is_shared:
         return "it shares a parameter with another module"
-    if kind in SPARSE_TYPES:
+    if sparse_type(kind):
         return _usual(module)
     base = next((base for base in SPARSE_TYPES if isinstance(module, base)), None)
     if base is not None:

@@ -42,7 +42,8 @@ def _writing(bias: nn.Parameter, values: Tensor) -> Callable[[], object]:
 
 def staying(model: nn.Module, made: Sequence[Made]) -> set[int]:
     """Ids of the parameters that modules hold which are not replaced."""
-    replaced = {id(m.old) for m in made}
+    # what such a module contains goes with it, or stays without being named in a move
+    replaced = {id(module) for m in made for module in m.old.modules()}
     return {
         id(parameter)
         for module in model.modules()

@@ -12,11 +12,12 @@ from sparsekern.carry.hand_over import HandOver, Optimizers, as_optimizers, comm
 from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.init import TORCH_GAIN
-from sparsekern.nn.kinds import SPARSE_TYPES, weights_of
+from sparsekern.nn.kinds import SPARSE_KINDS, SPARSE_TYPES, sparse_type, weights_of
 from sparsekern.nn.pruned import unpruned
 from sparsekern.ops.dispatch import check_impl
 from sparsekern.swap import record
 from sparsekern.swap.build import Drawing, Made, dense_layer, sparse_layer
+from sparsekern.swap.hosts import describe
 from sparsekern.swap.masks import by_masks, by_pruning
 from sparsekern.swap.patterns import Pattern
 from sparsekern.swap.refuse import check_model, check_unwrapped, follower_name, refuse_followed
@@ -174,7 +175,7 @@ def densify_(model: nn.Module) -> nn.Module:
             own. Whatever is raised, the model is as it was.
     """
     check_model(model)
-    kinds = tuple(SPARSE_TYPES.values())
+    kinds = SPARSE_KINDS
     if isinstance(model, kinds):
         raise DtypeError("`model` must contain layers; a single one has `to_dense`")
     check_unwrapped(model, "densify_")
@@ -214,7 +215,7 @@ def _check(model: nn.Module, sparsity: float, init: str | None, impl: str | None
     if weights_of(unpruned(model)):
         raise DtypeError(
             f"`model` must contain layers; for a single one use "
-            f"{SPARSE_TYPES[type(model)].__name__}.from_dense"
+            f"{sparse_type(type(model)).__name__}.from_dense"
         )
     if isinstance(model, SparseLayer):
         raise DtypeError("`model` must contain layers; a single sparse one can't be replaced")
@@ -279,6 +280,7 @@ def _commit(
         replace_all(model, made, undo)
         commit(moved, undo)
         record.write(model, asked, undo)
+    describe(model)
 
 
 def _say(made: list[Made], moved: HandOver, init: str | None) -> None:

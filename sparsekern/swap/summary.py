@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -110,7 +111,7 @@ def summary(model: nn.Module) -> Summary:
     What was asked is noted with the model by `sparsify_`, and goes with a copy or a pickle of it.
     Rows are weights of two or more dimensions; `sparsity` of the summary counts every parameter.
     """
-    known = {(id(t.module), _attribute(t)): t for t in all_targets(model)}
+    known = _known(model)
     asked, shared = read(model), shared_parameters(model)
     rows, weights, active, seen = [], 0, 0, set()
     for name, module in model.named_modules():
@@ -125,9 +126,12 @@ def summary(model: nn.Module) -> Summary:
                 rows.append(SummaryRow(name, type(module).__name__, (), 0, 0, None, None, why))
                 continue
             else:
-                target = known.get((id(module), own))
                 is_shared = id(parameter) in shared
-                row = _dense(name, module, own, parameter, target, asked, is_shared)
+                targets = known.get((id(module), own), [None])
+                for target in targets[:-1]:  # several matrices in one parameter
+                    rows.append(_dense(name, module, own, parameter, target, asked, is_shared))
+                    weights, active = weights + rows[-1].weights, active + rows[-1].active
+                row = _dense(name, module, own, parameter, targets[-1], asked, is_shared)
             weights, active = weights + row.weights, active + row.active
             if len(row.shape) > 1:
                 rows.append(row)
@@ -147,10 +151,22 @@ def tell(model: nn.Module, log: logging.Logger) -> None:
         )
 
 
-def _attribute(target: Target) -> str:
-    """Name of a target's parameter in its module."""
-    attribute = f"weight_{target.weight.name}" if target.weight.name else "weight"
-    return f"{attribute}_orig" if target.pruned is not None else attribute
+def _known(model: nn.Module) -> dict[tuple[int, str], list[Target | None]]:
+    """Targets by the module that holds their parameter, and its name there."""
+    found: dict[tuple[int, str], list[Target | None]] = {}
+    for target in all_targets(model):
+        found.setdefault(_place(target), []).append(target)
+    return found
+
+
+def _place(target: Target) -> tuple[int, str]:
+    own, module = target.weight.name, target.module
+    if isinstance(module, nn.MultiheadAttention):
+        if own == "out_proj":
+            return id(module.out_proj), "weight"
+        return id(module), "in_proj_weight" if module._qkv_same_embed_dim else f"{own}_weight"
+    attribute = f"weight_{own}" if own else "weight"
+    return id(module), f"{attribute}_orig" if target.pruned is not None else attribute
 
 
 def _sparse(name: str, layer: SparseLayer, asked: Asked) -> SummaryRow:
@@ -175,10 +191,11 @@ def _dense(
 ) -> SummaryRow:
     plain = f"{name}.{own}" if name else own
     full = target.name if target else plain.removesuffix(".weight")
-    why = asked.dense.get(full) or reason(module, parameter.dim(), is_shared=is_shared)
-    size, kind = parameter.numel(), type(module).__name__
+    holder, shape = (target.module, target.shape) if target else (module, tuple(parameter.shape))
+    why = asked.dense.get(full) or reason(holder, parameter.dim(), is_shared=is_shared)
+    size, kind = math.prod(shape), type(holder).__name__
     share = asked.layers.get(full, 0.0) if full in asked.dense else None
-    return SummaryRow(full, kind, tuple(parameter.shape), size, size, None, share, why)
+    return SummaryRow(full, kind, shape, size, size, None, share, why)
 
 
 def _cells(

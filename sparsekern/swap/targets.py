@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from sparsekern.errors import ConfigError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.conv import SparseConv
-from sparsekern.nn.kinds import SPARSE_TYPES, Weight, is_depthwise, weights_of
+from sparsekern.nn.kinds import SPARSE_KINDS, Weight, is_depthwise, weights_of
 from sparsekern.nn.pruned import pruned_tensors, unpruned
 from sparsekern.nn.recurrent import SparseRecurrent
+from sparsekern.nn.transposed import SparseTransposedLinear
+from sparsekern.swap.multiplied import multiplied_by_itself
 from sparsekern.swap.patterns import Pattern, matches, shown
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block
 
 DEFAULT_EXCLUDE = ("*lm_head", "*embed_out", "*output_projection")
 """Output heads of language models, which the field leaves dense."""
+
+_ADAPTER = "lora_"  # begins the name of a part of an adapter, in peft
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -94,7 +98,7 @@ def all_targets(model: nn.Module, *, sparse: bool = False) -> list[Target]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLayer):
-            if sparse and type(module) in SPARSE_TYPES.values():  # none that was parametrized
+            if sparse and type(module) in SPARSE_KINDS:  # none that was parametrized
                 found.append(Target(name, name, module, _stand_in(module), block=module.block))
             continue
         masks = pruned_tensors(module)
@@ -109,7 +113,8 @@ def _stand_in(layer: SparseLayer) -> Weight:
     """Shape and parts of a sparse layer's weight, without its numbers."""
     groups, taps = layer._cut
     dtype = layer.values.dtype
-    return Weight("", torch.empty(layer.weight_shape, dtype=dtype, device="meta"), groups, taps)
+    like = torch.empty(layer.weight_shape, dtype=dtype, device="meta")
+    return Weight("", like, groups, taps, isinstance(layer, SparseTransposedLinear))
 
 
 def candidates(
@@ -182,6 +187,7 @@ def _by_default(model: nn.Module, first_conv_stays: bool, named: bool) -> Callab
     """What the field leaves dense; what is sparse or pruned was somebody's choice already."""
     shared = shared_parameters(model)
     first = _first_convolution(model) if first_conv_stays else None
+    multiplied = multiplied_by_itself(model)
 
     def why_not(target: Target) -> str:
         chosen = named or target.pruned is not None or isinstance(target.module, SparseLayer)
@@ -189,11 +195,16 @@ def _by_default(model: nn.Module, first_conv_stays: bool, named: bool) -> Callab
             return "it shares a parameter with another module"
         if is_depthwise(target.module):
             return "it is a depthwise convolution"
-        if not chosen and any(matches(p, target.owner) for p in DEFAULT_EXCLUDE):
+        return "" if chosen else habit(target)
+
+    def habit(target: Target) -> str:
+        if any(matches(p, target.owner) for p in DEFAULT_EXCLUDE):
             return "it is the output head of a language model"
-        if not chosen and target.module is first:
+        if any(part.startswith(_ADAPTER) for part in target.owner.split(".")):
+            return "it is a part of a low-rank adapter"
+        if target.module is first:
             return "it is the model's first convolution, and the distribution is uniform"
-        return ""
+        return multiplied.get(id(target.module), "")
 
     return why_not
 
@@ -204,6 +215,8 @@ def aliases(model: nn.Module, target: Target) -> tuple[str, ...]:
     if isinstance(model.get_submodule(parent), SparseRecurrent):
         torchs = f"{parent}.weight_{own}" if parent else f"weight_{own}"
         return target.name, f"{target.name}.weight", torchs
+    if isinstance(target.module, nn.MultiheadAttention):
+        return target.name, f"{target.name}.weight", f"{target.name}_weight"
     if target.weight.name:
         return target.name, f"{target.owner}.weight_{target.weight.name}"
     return target.name, f"{target.name}.weight"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from sparsekern import kernels
 
-FOLDER = Path(kernels.__file__).parent
+FOLDER = Path(kernels.__path__[0])
 # keywords whose value changes how a kernel is compiled, not what it says
 _TUNING = ("num_warps", "num_stages", "enable_fp_fusion", "input_precision", "PRECISION")
 _HINTS = ("tl.max_contiguous", "tl.multiple_of", "tl.assume")
