@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.carry.averages import twins_of
 from sparsekern.carry.followers import follower_of
-from sparsekern.carry.rewire import rewired
+from sparsekern.carry.rewire import carried, rewired
 from sparsekern.carry.transaction import commit
 from sparsekern.carry.wrappers import check_holds
 from sparsekern.errors import ConfigError, DtypeError
@@ -43,7 +43,8 @@ def resize_(
     followed = () if follower is None else follower.followed
     twins = twins_of({name: layer}, [item for item in followed if name in item.names])
     source = _source(layer.topology, topology)
-    commit(rewired(name, layer, topology, source, optimizers=optimizers, twins=twins.get(name, ())))
+    moving = carried(name, layer, optimizers, twins.get(name, ()))
+    commit(rewired(moving, moving.whole(), topology, source))
     if follower is not None:
         follower.look_again()
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
 from sparsekern.carry.optimizer_state import check_followable, check_state, moving_state
+from sparsekern.carry.parallel import check_sharding
 from sparsekern.carry.transaction import Append, Attribute, Write
 from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
 from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
@@ -28,7 +30,7 @@ from sparsekern.methods.loop import Loop
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
 from sparsekern.methods.sources import Source
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
-from sparsekern.nn import SparseLayer
+from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.init import bounds
 from sparsekern.ops import block_norm
 from sparsekern.ops.grow import check_norm
@@ -38,6 +40,8 @@ from sparsekern.swap import sparse_layers
 log = logging.getLogger(__name__)
 
 GROW_INITS = ("zeros", "init")
+DECIDE = "decide a topology update"
+T = TypeVar("T")
 
 
 class Method(Loop):
@@ -111,7 +115,7 @@ class Method(Loop):
         optimizers = _optimizers(optimizer)
         self.layers = _layers_to_train(model, optimizers)
         self._loads = {name: layer._loads for name, layer in self.layers.items()}
-        self._held = {name: m.values for name, m in self.trained_layers().items()}
+        self._held = {n: sharded.trained(m) for n, m in self.trained_layers().items()}
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
@@ -168,7 +172,7 @@ class Method(Loop):
             dtype=torch.float32,
             device="cpu",
         )
-        drawn = drawn.to(layer.values) * 2 - 1
+        drawn = drawn.to(layer.values.device, layer.values.dtype) * 2 - 1
         drawn = topology.clear_padding_(drawn * bounds(topology).to(drawn.dtype))
         return drawn[update.source < 0]
 
@@ -182,21 +186,43 @@ class Method(Loop):
         """
         layers, keep = self.updated_layers(), {}
         for name, layer in layers.items():
-            with ranged("drop", name), _naming(name):
-                kept = self.survivors(name, layer, fraction)
-                keep[name] = _expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
+            with ranged("drop", name):
+                keep[name] = self._asked(layer, partial(self._keep, name, layer, fraction))
         dropped = {name: kept.numel() - int(kept.sum()) for name, kept in keep.items()}
-        grown = type(self).budget(dropped, layers, self.growth)
-        check_exact(dropped, grown)
+        grown = self._asked(None, partial(self._shared_out, dropped, layers))
         decisions = {}
         for name, layer in layers.items():
-            with ranged("grow", name), _naming(name):
-                update = self._grow(name, layer, keep[name], grown[name])
-                values = self.grown_values(name, layer, update)
-                if values is not None:
-                    _expect("grown_values", name, values, (update.grown, *layer.block))
-            decisions[name] = Decision(update, dropped[name], values)
+            with ranged("grow", name):
+                make = partial(self._decision, name, layer, keep[name], grown[name])
+                decisions[name] = self._asked(layer, make)
         return decisions
+
+    def _asked(self, layer: SparseLayer | None, work: Callable[[], T]) -> T:
+        """What overrides answer. Where ranks hold parts of a layer, it is whole for a while."""
+        if not self._sharded():
+            return work()
+        with nullcontext() if layer is None else sharded.gathered(layer):
+            return ranks.together(work, DECIDE)
+
+    def _keep(self, name: str, layer: SparseLayer, fraction: float) -> Tensor:
+        with _naming(name):
+            kept = self.survivors(name, layer, fraction)
+            return _expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
+
+    def _shared_out(
+        self, dropped: dict[str, int], layers: dict[str, SparseLayer]
+    ) -> dict[str, int]:
+        grown = type(self).budget(dropped, layers, self.growth)
+        check_exact(dropped, grown)
+        return grown
+
+    def _decision(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Decision:
+        with _naming(name):
+            update = self._grow(name, layer, keep, n)
+            values = self.grown_values(name, layer, update)
+            if values is not None:
+                _expect("grown_values", name, values, (update.grown, *layer.block))
+            return Decision(update, keep.numel() - int(keep.sum()), values)
 
     def _grow(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> TopologyUpdate:
         positions = self.grown_positions(name, layer, keep, n)
@@ -208,7 +234,10 @@ class Method(Loop):
 
     def trained_layers(self) -> dict[str, SparseLayer]:
         """The layers that take part now: those whose values are not frozen."""
-        return {name: m for name, m in self.layers.items() if m.values.requires_grad}
+        return {n: m for n, m in self.layers.items() if sharded.trained(m).requires_grad}
+
+    def _sharded(self) -> bool:
+        return any(sharded.is_sharded(sharded.trained(m)) for m in self.trained_layers().values())
 
     def updated_layers(self) -> dict[str, SparseLayer]:
         """Those of them that an update changes: without a gradient, RigL leaves a layer out."""
@@ -240,7 +269,7 @@ class Method(Loop):
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
 
     def _weights(self) -> Iterable[nn.Parameter]:
-        return (layer.values for layer in self.layers.values())
+        return map(sharded.trained, self.layers.values())
 
     def _takes_part(self) -> bool:
         layers = self.trained_layers()
@@ -249,7 +278,7 @@ class Method(Loop):
         return bool(layers)
 
     def _check_held(self, name: str) -> None:
-        values = self.layers[name].values
+        values = sharded.trained(self.layers[name])
         if self._held.get(name) is not values:  # unfrozen since, or another parameter
             check_holds(self.optimizers, name, values)
             self._held[name] = values
@@ -274,7 +303,7 @@ class Method(Loop):
         late = [
             name
             for name, layer in changed.items()
-            if not with_state and moving_state(self.optimizers, name, layer.values)
+            if not with_state and moving_state(self.optimizers, name, sharded.trained(layer))
         ]
         self._loads = loads
         if late:
@@ -293,6 +322,9 @@ class Method(Loop):
 
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps
+        if ranks.is_distributed():
+            digests = {name: layer.topology.digest() for name, layer in layers.items()}
+            ranks.check_standing(ranks.Standing(step, self.last_update, digests))
         self._ready_layers = self.growth.ready(layers, step, self.last_update)
         if not self._ready_layers:
             self._watch(True)
@@ -300,8 +332,8 @@ class Method(Loop):
         return ranks.all_agree(self._are_finite, "look at its weights")
 
     def _are_finite(self) -> bool:
-        layers = self.updated_layers()
-        broken = [n for n, m in layers.items() if not bool(m.values.isfinite().all())]
+        held = {n: sharded.local(sharded.trained(m)) for n, m in self.updated_layers().items()}
+        broken = [name for name, values in held.items() if not bool(values.isfinite().all())]
         if broken:
             step = self.weight_steps
             log.warning("update at weight step %d not made: %s not finite", step, broken)
@@ -309,12 +341,15 @@ class Method(Loop):
 
     def _update(self) -> None:
         step, fraction = self.weight_steps, self.schedule.fraction(self.weight_steps)
-        decisions, twins = ranks.together(
-            lambda: (self.decide(fraction), twins_of(self.layers, self.followed)),
-            "decide a topology update",
-        )
+        if self._sharded():
+            decisions = self.decide(fraction)
+            twins = ranks.together(self._twins, DECIDE)
+        else:
+            decisions, twins = ranks.together(
+                lambda: (self.decide(fraction), self._twins()), DECIDE
+            )
         if ranks.is_distributed():
-            ranks.check_agreement({name: d.update.topology for name, d in decisions.items()})
+            ranks.check_equal({name: self._facts(name, d) for name, d in decisions.items()})
 
         def record(changes: dict[str, LayerChange]) -> list[Write]:
             done: list[Write] = [Append(self.history, UpdateRecord(step, fraction, changes))]
@@ -322,6 +357,23 @@ class Method(Loop):
             return done + self._spending()
 
         change(self.layers, decisions, self.optimizers, twins, record)
+
+    def _twins(self) -> dict[str, list[SparseLayer]]:
+        return twins_of(self.layers, self.followed)
+
+    def _facts(self, name: str, decision: Decision) -> dict[str, str | int | None]:
+        """What must be equal on all ranks, as digests."""
+        layer, facts = self.layers[name], {"topology": decision.update.topology.digest()}
+        parameter = sharded.trained(layer)
+        tensors = dict(self.growth.facts(name))
+        if not sharded.is_sharded(parameter):
+            state = moving_state(self.optimizers, name, parameter)
+            tensors |= {"values": parameter} | {f"state {e.key!r}": e.tensor for e in state}
+            if parameter.grad is not None and layer.is_reduced():
+                tensors["gradient"] = parameter.grad
+        sums = [ranks.checksum(tensor).to(layer.crow.device) for tensor in tensors.values()]
+        found = torch.stack(sums).tolist() if sums else []
+        return facts | dict(zip(tensors, found, strict=True))
 
 
 def _optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
@@ -352,15 +404,18 @@ def _layers_to_train(
     A layer that is frozen now takes part from when it is unfrozen.
     """
     layers = sparse_layers(model)
+    sharded.manage(model, list(layers.values()))
     if not layers:
         raise ConfigError(
             "`model` has no sparse layer; call sparsify_ first (at a low sparsity ERK leaves all "
             "layers dense)"
         )
     for name, layer in layers.items():
-        if layer.values.requires_grad:
-            check_holds(optimizers, name, layer.values)
-            check_state(optimizers, name, layer.values)
+        check_sharding(name, layer)
+        values = sharded.trained(layer)
+        if values.requires_grad:
+            check_holds(optimizers, name, values)
+            check_state(optimizers, name, values)
     return layers
 
 
