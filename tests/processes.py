@@ -1,6 +1,7 @@
 """Several ranks on this machine: processes that are forked from one that has imported torch."""
 
 import datetime
+import faulthandler
 import os
 import pickle
 import queue
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 240  # seconds; a rank that waits longer waits forever
+PATIENCE = float(os.environ.get("PATIENCE", 240))  # seconds; a rank that waits longer waits forever
 
 
 def free_port():
@@ -46,15 +47,15 @@ def ranks(worker, world, *args, timeout=None):
         except queue.Empty:
             gone = [r for r, p in enumerate(processes) if not p.is_alive() and r not in found]
             if gone and told.empty():
-                found |= {rank: Died(processes[rank].exitcode) for rank in gone}
+                found |= {rank: DiedError(processes[rank].exitcode) for rank in gone}
     for process in processes:
         process.join(10)
         if process.is_alive():
             process.kill()
-    return found
+    return {rank: found.get(rank, DiedError("it hangs")) for rank in range(world)}
 
 
-class Died(Exception):
+class DiedError(Exception):
     """A rank ended without a word; its exit status, negative for a signal."""
 
     @property
@@ -62,7 +63,7 @@ class Died(Exception):
         return self.args[0]
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """What a rank raised: its type's name, its text with notes, and the traceback."""
 
     kind, text, trace = (property(lambda self, i=i: self.args[i]) for i in range(3))
@@ -75,7 +76,7 @@ def failure(error):
     """An exception as plain data."""
     text = "\n".join((str(error), *getattr(error, "__notes__", ())))
     trace = "".join(traceback.format_exception(error))
-    return Failed(type(error).__name__, text, trace)
+    return FailedError(type(error).__name__, text, trace)
 
 
 def values(found):
@@ -88,6 +89,7 @@ def values(found):
 
 def _rank(worker, rank, world, port, timeout, told, args):
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(PATIENCE - 20)  # a rank that hangs says where
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     limit = {} if timeout is None else {"timeout": datetime.timedelta(seconds=timeout)}
     where = f"tcp://127.0.0.1:{port}"

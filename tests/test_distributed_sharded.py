@@ -3,7 +3,7 @@
 import pytest
 import torch
 from loops import METHODS, layers
-from processes import Died, Failed, failure, ranks
+from processes import DiedError, FailedError, failure, ranks
 from support import UNIT_ROUNDOFF
 from torch import nn
 from torch.nn import functional as F
@@ -141,9 +141,9 @@ def test_sharded_layers_train_as_one_process_does(trained, name, world):
     assert len(expected["history"]) >= 3 or CASES[name].method == "static"
     for rank in range(world):
         found = trained[world][rank]
-        assert not isinstance(found, Died | Failed), found
+        assert not isinstance(found, DiedError | FailedError), found
         found = found[name]
-        assert not isinstance(found, Failed), found
+        assert not isinstance(found, FailedError), found
         assert found["digests"] == expected["digests"]
         assert found["history"] == expected["history"]
         for key in ("weights", "state"):

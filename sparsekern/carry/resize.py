@@ -42,7 +42,7 @@ def resize_(
         check_free(layer, name)
     followed = () if follower is None else follower.followed
     twins = twins_of({name: layer}, [item for item in followed if name in item.names])
-    source = _source(layer.topology, topology)
+    source = topology.traced_to(layer.topology)
     moving = carried(name, layer, optimizers, twins.get(name, ()))
     commit(rewired(moving, moving.whole(), topology, source))
     if follower is not None:
@@ -59,15 +59,6 @@ def _optimizers(given: Any, follower: Any) -> tuple[torch.optim.Optimizer, ...]:
                 f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
             )
     return optimizers
-
-
-def _source(old: Topology, new: Topology) -> Tensor:
-    """(new.nnzb,) int64: where each block stood before, -1 for one that was not active."""
-    before, now = old.positions(), new.positions().to(old.device)
-    if not before.numel():
-        return torch.full_like(now, -1)
-    at = torch.searchsorted(before, now).clamp_(max=before.numel() - 1)
-    return torch.where(before[at] == now, at, -1)
 
 
 def check_free(layer: SparseLayer, name: str) -> None:

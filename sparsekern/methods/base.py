@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
-from sparsekern.carry.optimizer_state import check_followable, check_state, moving_state
-from sparsekern.carry.parallel import check_sharding
+from sparsekern.carry.optimizer_state import moving_state
 from sparsekern.carry.transaction import Append, Attribute, Write
-from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
-from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
+from sparsekern.carry.wrappers import check_holds
+from sparsekern.errors import ConfigError, DtypeError, TopologyError
 from sparsekern.methods import ranks
+from sparsekern.methods.agreement import facts
+from sparsekern.methods.attaching import layers_to_train, optimizers_of
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
-from sparsekern.methods.loop import Loop
+from sparsekern.methods.joining import Joins, check_joinable, led
+from sparsekern.methods.overrides import expect, naming
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
 from sparsekern.methods.sources import Source
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
@@ -35,7 +37,7 @@ from sparsekern.nn.init import bounds
 from sparsekern.ops import block_norm
 from sparsekern.ops.grow import check_norm
 from sparsekern.ops.ranges import ranged
-from sparsekern.swap import sparse_layers
+from sparsekern.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ DECIDE = "decide a topology update"
 T = TypeVar("T")
 
 
-class Method(Loop):
+class Method(Joins):
     """A sparse training method attached to a model and its optimizer.
 
     A method of its own is a subclass that names its `source` and `budget`, and overrides what else
@@ -112,14 +114,15 @@ class Method(Loop):
             )
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
-        optimizers = _optimizers(optimizer)
-        self.layers = _layers_to_train(model, optimizers)
+        optimizers = optimizers_of(optimizer)
+        self.layers = layers_to_train(model, optimizers)
         self._loads = {name: layer._loads for name, layer in self.layers.items()}
         self._held = {n: sharded.trained(m) for n, m in self.trained_layers().items()}
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
         self._ready_layers: frozenset[str] | None = None  # of the update that is being made
+        self._out_of_inputs: list[int] = []  # ranks, at that update
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self._begin()
 
@@ -205,9 +208,9 @@ class Method(Loop):
             return ranks.together(work, DECIDE)
 
     def _keep(self, name: str, layer: SparseLayer, fraction: float) -> Tensor:
-        with _naming(name):
+        with naming(name):
             kept = self.survivors(name, layer, fraction)
-            return _expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
+            return expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
 
     def _shared_out(
         self, dropped: dict[str, int], layers: dict[str, SparseLayer]
@@ -217,16 +220,16 @@ class Method(Loop):
         return grown
 
     def _decision(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Decision:
-        with _naming(name):
+        with naming(name):
             update = self._grow(name, layer, keep, n)
             values = self.grown_values(name, layer, update)
             if values is not None:
-                _expect("grown_values", name, values, (update.grown, *layer.block))
+                expect("grown_values", name, values, (update.grown, *layer.block))
             return Decision(update, keep.numel() - int(keep.sum()), values)
 
     def _grow(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> TopologyUpdate:
         positions = self.grown_positions(name, layer, keep, n)
-        _expect("grown_positions", name, positions, (n,), torch.int64)
+        expect("grown_positions", name, positions, (n,), torch.int64)
         try:
             return rewire(layer.topology, keep, positions)
         except TopologyError as error:  # a survivor, the same twice, or out of range
@@ -322,9 +325,7 @@ class Method(Loop):
 
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps
-        if ranks.is_distributed():
-            digests = {name: layer.topology.digest() for name, layer in layers.items()}
-            ranks.check_standing(ranks.Standing(step, self.last_update, digests))
+        self._meet()
         self._ready_layers = self.growth.ready(layers, step, self.last_update)
         if not self._ready_layers:
             self._watch(True)
@@ -348,8 +349,10 @@ class Method(Loop):
             decisions, twins = ranks.together(
                 lambda: (self.decide(fraction), self._twins()), DECIDE
             )
-        if ranks.is_distributed():
-            ranks.check_equal({name: self._facts(name, d) for name, d in decisions.items()})
+        if self._out_of_inputs:
+            make = self.grown_values
+            decisions = led(decisions, self._out_of_inputs, self.layers, make)
+        self._compare({name: d.update.topology for name, d in decisions.items()})
 
         def record(changes: dict[str, LayerChange]) -> list[Write]:
             done: list[Write] = [Append(self.history, UpdateRecord(step, fraction, changes))]
@@ -358,85 +361,25 @@ class Method(Loop):
 
         change(self.layers, decisions, self.optimizers, twins, record)
 
+    def _meet(self) -> None:
+        """Be where the other ranks are, with the topologies that they have."""
+        if not ranks.is_distributed():
+            return
+        layers, enabled = self.trained_layers(), getattr(self._join_config, "enable", False)
+        check_joinable(layers, enabled)
+        digests = {name: layer.topology.digest() for name, layer in layers.items()}
+        here = ranks.Standing(self.weight_steps, self.last_update, digests, self.joined)
+        with ranks.naming(f"a topology update of layers {list(layers)}"):
+            self._out_of_inputs = ranks.check_standing(here)
+
+    def _compare(self, topologies: Mapping[str, Topology]) -> None:
+        """Raise `RankMismatchError` unless other ranks hold the same layers, to the bit."""
+        if not ranks.is_distributed():
+            return
+        held = self.layers, self.growth, self.optimizers, self.joined
+        ranks.check_equal(
+            lambda: {n: facts(n, held[0][n], t, *held[1:]) for n, t in topologies.items()}
+        )
+
     def _twins(self) -> dict[str, list[SparseLayer]]:
         return twins_of(self.layers, self.followed)
-
-    def _facts(self, name: str, decision: Decision) -> dict[str, str | int | None]:
-        """What must be equal on all ranks, as digests."""
-        layer, facts = self.layers[name], {"topology": decision.update.topology.digest()}
-        parameter = sharded.trained(layer)
-        tensors = dict(self.growth.facts(name))
-        if not sharded.is_sharded(parameter):
-            state = moving_state(self.optimizers, name, parameter)
-            tensors |= {"values": parameter} | {f"state {e.key!r}": e.tensor for e in state}
-            if parameter.grad is not None and layer.is_reduced():
-                tensors["gradient"] = parameter.grad
-        sums = [ranks.checksum(tensor).to(layer.crow.device) for tensor in tensors.values()]
-        found = torch.stack(sums).tolist() if sums else []
-        return facts | dict(zip(tensors, found, strict=True))
-
-
-def _optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers of one method; raises if a method can't follow one of them."""
-    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
-    for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise DtypeError(
-                "`optimizer` must be a torch.optim.Optimizer, or several in a list; "
-                f"got {type(optimizer).__name__}"
-            )
-        for inner in unwrapped(optimizer):
-            check_followable(inner)
-        check_steps(optimizer)
-    if (
-        len({id(unwrapped(optimizer)[-1]) for optimizer in optimizers}) != len(optimizers)
-        or not optimizers
-    ):
-        raise ConfigError(f"`optimizer` must name each optimizer once; got {len(optimizers)}")
-    return optimizers
-
-
-def _layers_to_train(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, SparseLayer]:
-    """All sparse layers; raises unless those that are not frozen are held by one optimizer.
-
-    A layer that is frozen now takes part from when it is unfrozen.
-    """
-    layers = sparse_layers(model)
-    sharded.manage(model, list(layers.values()))
-    if not layers:
-        raise ConfigError(
-            "`model` has no sparse layer; call sparsify_ first (at a low sparsity ERK leaves all "
-            "layers dense)"
-        )
-    for name, layer in layers.items():
-        check_sharding(name, layer)
-        values = sharded.trained(layer)
-        if values.requires_grad:
-            check_holds(optimizers, name, values)
-            check_state(optimizers, name, values)
-    return layers
-
-
-def _expect(
-    what: str, name: str, got: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> Tensor:
-    """Check what an override gave for a layer."""
-    if tuple(got.shape) != shape or dtype not in (None, got.dtype):
-        kind = f"{dtype} " if dtype else ""
-        raise ShapeError(
-            f"`{what}` of layer {name!r} must be {kind}of shape {shape}; "
-            f"got {got.dtype} of shape {tuple(got.shape)}"
-        )
-    return got
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Let an exception say which layer it is about."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in layer {name!r}")
-        raise

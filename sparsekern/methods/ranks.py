@@ -75,6 +75,13 @@ def gather(mine: T) -> list[T]:
     return everyone
 
 
+def given_by(lead: int, mine: T) -> T:
+    """What rank `lead` gives, on all ranks."""
+    items = [mine]
+    dist.broadcast_object_list(items, lead, group=_control().group)
+    return items[0]
+
+
 class Standing(NamedTuple):
     """Where a rank stands when an update begins.
 
@@ -82,15 +89,17 @@ class Standing(NamedTuple):
         step: weight step.
         last: that of the update before.
         layers: digest of the topology of each layer that takes part.
+        joined: it has no inputs any more, see `torch.distributed.algorithms.join`.
     """
 
     step: int
     last: int | None
     layers: dict[str, str]
+    joined: bool = False
 
 
-def check_standing(mine: Standing) -> None:
-    """Compare where all ranks stand.
+def check_standing(mine: Standing) -> list[int]:
+    """Compare where all ranks stand; returns those that have joined.
 
     Raises:
         RankMismatchError: naming the first rank and layer that differ from the others.
@@ -106,18 +115,19 @@ def check_standing(mine: Standing) -> None:
                 f"the same steps and load the same state (layers {list(mine.layers)})"
             )
     _compare([one.layers for one in everyone], "topology", "does not train")
+    return [rank for rank, one in enumerate(everyone) if one.joined]
 
 
-def check_equal(mine: Mapping[str, Mapping[str, Any]]) -> None:
+def check_equal(mine: Callable[[], Mapping[str, Mapping[str, Any]]]) -> None:
     """Compare what all ranks hold of each layer.
 
     Args:
-        mine: by layer and by what it is; None where this rank holds nothing of the kind.
+        mine: makes it, by layer and by what it is; what a rank lacks is not compared there.
 
     Raises:
         RankMismatchError: naming the first layer, what of it differs, and the rank.
     """
-    everyone = gather({name: dict(facts) for name, facts in mine.items()})
+    everyone = gather(together(mine, "compare its layers"))
     for name in dict.fromkeys(name for one in everyone for name in one):
         for what in dict.fromkeys(what for one in everyone for what in one.get(name, ())):
             held = [{name: one.get(name, {}).get(what)} for one in everyone]
@@ -160,8 +170,10 @@ def checksum(tensor: Tensor) -> Tensor:
     """A number, int64 and on the tensor's device, that any one changed bit changes."""
     size = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for at, piece in enumerate(tensor.detach().contiguous().view(size).flatten().split(_PIECE)):
-        odd = 2 * torch.arange(piece.numel(), device=tensor.device) + (2 * at * _PIECE + 1)
+    bits = tensor.detach().contiguous().view(size).flatten()
+    for start in range(0, bits.numel(), _PIECE):
+        piece = bits[start : start + _PIECE]
+        odd = 2 * torch.arange(start, start + piece.numel(), device=tensor.device) + 1
         total += (piece.long() * odd).sum()
     return total
 
