@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = float(os.environ.get("PATIENCE", 240))  # seconds; a rank that waits longer waits forever
+PATIENCE = float(
+    os.environ.get("PATIENCE", "240")
+)  # seconds; a rank that waits longer waits forever
 
 
 def free_port():

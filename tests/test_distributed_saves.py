@@ -1,11 +1,14 @@
 """Sharded models: what is saved, what is refused, mixed precision; ranks that die or don't come."""
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from processes import DiedError, FailedError, failure, ranks
+from processes import DiedError, FailedError, failure, free_port, ranks
 from test_distributed import Run, part_of
 from test_distributed_sharded import Case, result
 from torch import nn
@@ -98,7 +101,7 @@ def rounded(rank, world):
     return digests, len(method.history)
 
 
-def shard_columns(rank, world):
+def shard_columns(*_):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
@@ -107,14 +110,14 @@ def shard_columns(rank, world):
     RigL(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=9)
 
 
-def offloaded(rank, world):
+def offloaded(*_):
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     model = fully_shard(CASE.model(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     RigL(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=9)
 
 
-def on_a_part_of_the_ranks(rank, world):
+def on_a_part_of_the_ranks(*_):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -123,21 +126,21 @@ def on_a_part_of_the_ranks(rank, world):
     Static(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=9)
 
 
-def a_part_of_the_model(rank, world):
+def a_part_of_the_model(*_):
     from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(CASE.model())
     RigL(model[0], torch.optim.SGD(model.parameters(), lr=0.1), t_end=9)
 
 
-def fsdp1(rank, world):
+def fsdp1(*_):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = FullyShardedDataParallel(CASE.model(), device_id=torch.device("cpu"))
     RigL(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=9)
 
 
-def fsdp1_inside(rank, world):
+def fsdp1_inside(*_):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = CASE.model()
@@ -145,13 +148,13 @@ def fsdp1_inside(rank, world):
     RigL(model, torch.optim.SGD(model.parameters(), lr=0.1), t_end=9)
 
 
-def sparsified_late(rank, world):
+def sparsified_late(*_):
     from torch.distributed.fsdp import fully_shard
 
     sparsify_(fully_shard(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))), 0.5)
 
 
-def tensor_parallel(rank, world):
+def tensor_parallel(_, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -160,11 +163,11 @@ def tensor_parallel(rank, world):
     sparsify_(parallelize_module(model, mesh, {"0": ColwiseParallel()}), 0.5)
 
 
-def saved(rank, world):
+def saved(*_):
     save(f"{tempfile.gettempdir()}/never.safetensors", CASE.cut(CASE.model()))
 
 
-def resized(rank, world):
+def resized(*_):
     layer = sparse_layers(CASE.cut(CASE.model()))["0"]
     layer.resize_(layer.topology.with_positions(layer.topology.positions()[1:]))
 
@@ -255,3 +258,24 @@ def test_a_rank_that_does_not_come_is_named():
     assert found[0].kind == "RankMismatchError"
     assert "ranks [1] did not come" in found[0].text
     assert isinstance(found[1], FailedError), found[1]  # the collective's own; no signal
+
+
+@pytest.mark.slow
+def test_a_run_that_torchrun_restarts_ends_as_one_that_nothing_broke_off(tmp_path):
+    found = []
+    for how in ("dies", "lives"):
+        folder = tmp_path / how
+        folder.mkdir()
+        launch = ["torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+        launch += [f"--master-port={free_port()}", "--monitor-interval=0.1"]
+        script = str(Path(__file__).with_name("restarted.py"))
+        command = [sys.executable, "-m", *launch, script, str(folder), how]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (folder / "died").exists() == (how == "dies")
+        found.append(torch.load(folder / "result.pt"))
+    first, second = found
+    assert first["updates"] == second["updates"] >= 3
+    assert first["digests"] == second["digests"]
+    for a, b in zip(first["weights"], second["weights"], strict=True):
+        assert torch.equal(a, b)

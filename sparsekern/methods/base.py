@@ -323,6 +323,10 @@ class Method(Joins):
         digests = "".join(layer.topology.digest() for layer in layers)
         return hashlib.sha256(digests.encode()).hexdigest()
 
+    def _update_if_due(self) -> bool:
+        with ranks.naming(f"a topology update of layers {list(self.layers)}"):
+            return super()._update_if_due()
+
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps
         self._meet()
@@ -369,8 +373,7 @@ class Method(Joins):
         check_joinable(layers, enabled)
         digests = {name: layer.topology.digest() for name, layer in layers.items()}
         here = ranks.Standing(self.weight_steps, self.last_update, digests, self.joined)
-        with ranks.naming(f"a topology update of layers {list(layers)}"):
-            self._out_of_inputs = ranks.check_standing(here)
+        self._out_of_inputs = ranks.check_standing(here)
 
     def _compare(self, topologies: Mapping[str, Topology]) -> None:
         """Raise `RankMismatchError` unless other ranks hold the same layers, to the bit."""

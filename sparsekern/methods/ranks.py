@@ -16,22 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsekern.errors import RankMismatchError, told
+from sparsekern.errors import RankMismatchError, SparseKernError, told
 
 T = TypeVar("T")
 
 _KEY = "sparsekern/rank{}"
-_controls: WeakKeyDictionary[Any, _Control] = WeakKeyDictionary()  # by the default group
-
-
-class _Control:
-    """The group over which ranks talk, and how often they have met there."""
-
-    def __init__(self, world: Any) -> None:
-        # a default group of gloo may be in use by a rank that does something else
-        can = dist.is_gloo_available() and dist.get_backend() in ("gloo", "nccl")
-        self.group = dist.new_group(backend="gloo", timeout=_timeout(world)) if can else world
-        self.meetings = 0
+_controls: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # groups to talk over, by the default
+_meetings: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def is_distributed() -> bool:
@@ -57,16 +48,17 @@ def gather(mine: T) -> list[T]:
     """
     if not is_distributed():
         return [mine]
-    control, store = _control(), _store()
-    control.meetings += 1
+    world, store = dist.group.WORLD, _store()
+    meeting = _meetings[world] = _meetings.get(world, 0) + 1
     with suppress(Exception):
-        store.set(_KEY.format(dist.get_rank()), str(control.meetings))
+        store.set(_KEY.format(dist.get_rank()), str(meeting))
     everyone: list[T] = [mine] * dist.get_world_size()
     try:
-        dist.all_gather_object(everyone, mine, group=control.group)
+        dist.all_gather_object(everyone, mine, group=_control())
     except Exception as error:
-        missing = _missing(store, control.meetings)
-        if "Timed out" not in str(error) or not missing:
+        missing = _missing(store, meeting)
+        waited = any(word in str(error).lower() for word in ("timed out", "timeout"))
+        if not waited or not missing:
             raise
         raise RankMismatchError(
             f"ranks {missing} did not come to a topology update that rank {dist.get_rank()} "
@@ -78,7 +70,7 @@ def gather(mine: T) -> list[T]:
 def given_by(lead: int, mine: T) -> T:
     """What rank `lead` gives, on all ranks."""
     items = [mine]
-    dist.broadcast_object_list(items, lead, group=_control().group)
+    dist.broadcast_object_list(items, lead, group=_control())
     return items[0]
 
 
@@ -221,15 +213,18 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_distributed():
+        if is_distributed() and not isinstance(error, SparseKernError):
             error.add_note(f"on rank {dist.get_rank()}, in {what}")
         raise
 
 
-def _control() -> _Control:
+def _control() -> Any:
+    """The group over which ranks talk: of gloo's own kind, for its default one may be in use."""
     world = dist.group.WORLD
     if world not in _controls:
-        _controls[world] = _Control(world)
+        can = dist.is_gloo_available() and dist.get_backend() in ("gloo", "nccl")
+        limit = _timeout(world)
+        _controls[world] = dist.new_group(backend="gloo", timeout=limit) if can else world
     return _controls[world]
 
 
