@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import DiedError, FailedError, failure, free_port, ranks
+from processes import DiedError, FailedError, failure, ranks
 from test_distributed import Run, part_of
 from test_distributed_sharded import Case, result
 from torch import nn
@@ -267,7 +267,7 @@ def test_a_run_that_torchrun_restarts_ends_as_one_that_nothing_broke_off(tmp_pat
         folder = tmp_path / how
         folder.mkdir()
         launch = ["torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-        launch += [f"--master-port={free_port()}", "--monitor-interval=0.1"]
+        launch += ["--standalone", "--monitor-interval=0.1"]  # a store of its own each time
         script = str(Path(__file__).with_name("restarted.py"))
         command = [sys.executable, "-m", *launch, script, str(folder), how]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
