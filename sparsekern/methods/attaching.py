@@ -15,7 +15,7 @@ from sparsekern.nn import SparseLayer, sharded
 from sparsekern.swap import sparse_layers
 
 
-def optimizers_of(given: object) -> tuple[torch.optim.Optimizer, ...]:
+def as_optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
     """The optimizers of one method; raises if a method can't follow one of them."""
     optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
     for optimizer in optimizers:

@@ -24,7 +24,7 @@ from sparsekern.carry.wrappers import check_holds
 from sparsekern.errors import ConfigError, DtypeError, TopologyError
 from sparsekern.methods import ranks
 from sparsekern.methods.agreement import facts
-from sparsekern.methods.attaching import layers_to_train, optimizers_of
+from sparsekern.methods.attaching import as_optimizers, layers_to_train
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
 from sparsekern.methods.joining import Joins, check_joinable, led
@@ -114,11 +114,12 @@ class Method(Joins):
             )
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
-        optimizers = optimizers_of(optimizer)
+        optimizers = as_optimizers(optimizer)
         self.layers = layers_to_train(model, optimizers)
         self._loads = {name: layer._loads for name, layer in self.layers.items()}
         self._held = {n: sharded.trained(m) for n, m in self.trained_layers().items()}
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
+        self.schedule: UpdateSchedule = schedule
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
         self._ready_layers: frozenset[str] | None = None  # of the update that is being made

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -19,11 +19,13 @@ from sparsekern.methods import progress
 from sparsekern.methods.change import UpdateRecord
 from sparsekern.methods.passes import BackwardPasses
 from sparsekern.methods.progress import Progress
-from sparsekern.methods.schedule import UpdateSchedule
+from sparsekern.methods.schedule import Schedule
 from sparsekern.methods.steps import Arguments, changes_weights, run_closure
 from sparsekern.ops.ranges import ranged
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PASSES_WITHOUT_STEP = 10
 """Times `grad_accumulation`: so many backward passes without a step are worth a warning."""
@@ -44,11 +46,12 @@ class Loop:
     def __init__(
         self,
         optimizers: tuple[torch.optim.Optimizer, ...],
-        schedule: UpdateSchedule,
+        schedule: Schedule,
         step_on_update: bool,
         grad_accumulation: int,
     ) -> None:
-        self.optimizers, self.schedule = optimizers, schedule
+        self.optimizers = optimizers
+        self.schedule: Schedule = schedule
         self.optimizer = optimizers[0]
         self.step_on_update, self.grad_accumulation = step_on_update, grad_accumulation
         self.weight_steps = 0
@@ -56,6 +59,7 @@ class Loop:
         self.history: list[UpdateRecord] = []
         self._chains = tuple(unwrapped(optimizer) for optimizer in optimizers)
         self._hooks: list[RemovableHandle] = []
+        self._retired = False  # the hooks are left, which can't be removed while they run
         self._passes: BackwardPasses | None = None
         self._outermost: torch.optim.Optimizer | None = None  # whose step is running
         self._stepping: torch.optim.Optimizer | None = None  # the one inside that takes it
@@ -90,6 +94,9 @@ class Loop:
         """The parameters that a backward pass of the model reaches."""
         raise NotImplementedError
 
+    def _weights_moved(self) -> None:
+        """Called after each weight step, before an update that belongs to it."""
+
     def _check_loads(self, with_state: bool) -> None:
         """Called before each step: whether an optimizer's state was loaded since the last one."""
 
@@ -102,7 +109,7 @@ class Loop:
     @property
     def attached(self) -> bool:
         """Whether the optimizers' steps still drive this method."""
-        return bool(self._hooks)
+        return bool(self._hooks) and not self._retired
 
     @property
     def due(self) -> bool:
@@ -123,6 +130,12 @@ class Loop:
             return True
         return not self.step()
 
+    def _retire(self) -> None:
+        """Follow no longer, from inside a hook, where `detach` can't be called."""
+        self._retired = True
+        self._drop_entries()
+        self._stop_counting()
+
     def look_again(self) -> None:
         """A layer has another size now: what was seen of its gradient is of no use any more."""
         self._state_of = None
@@ -134,10 +147,14 @@ class Loop:
             hook.remove()
         self._hooks.clear()
         self._stop_counting()
+        if not self._retired:
+            self._drop_entries()
+        self._watch(False)
+
+    def _drop_entries(self) -> None:
         for chain in self._chains:
             for optimizer in chain:
                 optimizer.param_groups[0].pop(progress.ENTRY, None)
-        self._watch(False)
 
     def state_dict(self) -> dict[str, Any]:
         """Progress of the schedule and history, as plain data; the optimizers' states hold it too.
@@ -207,12 +224,15 @@ class Loop:
                 continue
             known.append(hooks)
             self._hooks += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-                optimizer.register_state_dict_post_hook(self._save),
-                optimizer.register_load_state_dict_pre_hook(self._check),
-                optimizer.register_load_state_dict_post_hook(self._load),
+                optimizer.register_step_pre_hook(self._live(self._before_step)),
+                optimizer.register_step_post_hook(self._live(self._after_step)),
+                optimizer.register_state_dict_post_hook(self._live(self._save)),
+                optimizer.register_load_state_dict_pre_hook(self._live(self._check)),
+                optimizer.register_load_state_dict_post_hook(self._live(self._load)),
             ]
+
+    def _live(self, hook: Callable[..., T]) -> Callable[..., T | None]:
+        return lambda *args: None if self._retired else hook(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         # hooks belong to one optimizer; a copy hangs its own on the copied one
@@ -271,6 +291,8 @@ class Loop:
         self._moved |= self._moving
         self._publish()
         if len(self._round) == len(self._chains):
+            if self._moved:
+                self._weights_moved()
             if self._moved and self.step_on_update:
                 self._update_if_due()
             self._close_round()
