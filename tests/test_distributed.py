@@ -27,8 +27,8 @@ def part_of(i, rank, world):
     return tuple(t.chunk(world)[rank] for t in batch(i))
 
 
-def backward(model, data):
-    F.cross_entropy(model(data[0]), data[1]).backward()
+def backward(model, data, parts=1):
+    (F.cross_entropy(model(data[0]), data[1]) / parts).backward()
 
 
 class Run:
@@ -52,8 +52,8 @@ class Run:
         data = part_of(i, rank, world)
         for k in range(self.parts - 1):
             with self.ddp.no_sync():
-                backward(self.ddp, [t.chunk(self.parts)[k] for t in data])
-        backward(self.ddp, [t.chunk(self.parts)[-1] for t in data])
+                backward(self.ddp, [t.chunk(self.parts)[k] for t in data], self.parts)
+        backward(self.ddp, [t.chunk(self.parts)[-1] for t in data], self.parts)
         if change is not None:
             change(self)
         self.optimizer.step()
