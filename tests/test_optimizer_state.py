@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparsekern import SET, RigL, SparseLinear, Topology, sparsify_
-from sparsekern.carry.rewire import rewired
+from sparsekern.carry.rewire import carried, rewired
 from sparsekern.carry.transaction import commit
 from sparsekern.errors import OptimizerError
 
@@ -105,7 +105,8 @@ def test_a_layer_gets_more_or_fewer_blocks_and_stays_in_its_optimizer(block):
         new = topology.positions().tolist()
         source = [old.index(p) if p in old else -1 for p in new]
         source = torch.tensor(source, dtype=torch.int64)
-        commit(rewired("0", layer, topology, source, optimizers=[optimizer]))
+        moving = carried("0", layer, [optimizer])
+        commit(rewired(moving, moving.whole(), topology, source))
         assert layer.values is values
         assert layer.topology.positions().tolist() == new
         after = [values.detach(), optimizer.state[values]["exp_avg"]]

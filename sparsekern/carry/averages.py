@@ -28,6 +28,7 @@ from sparsekern.nn.averaged import (
     source_of,
     times_averaged,
 )
+from sparsekern.nn.sharded import local
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _mark_unknown(
 
 
 def _shares_memory(layer: SparseLayer, twin: SparseLayer) -> bool:
-    mine, theirs = layer.values, twin.values
+    mine, theirs = local(layer.values), local(twin.values)
     return twin is layer or (
         mine.device == theirs.device
         and mine.numel() > 0

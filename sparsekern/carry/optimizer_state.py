@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsekern.carry.wrappers import unwrapped
 from sparsekern.errors import OptimizerError
+from sparsekern.nn.sharded import local, problem_with
 
 _ROWS = 7
 """Blocks of the parameter that a trial steps; no block edge may be this long."""
@@ -152,10 +153,13 @@ def _check_indexing(entry: Tensor, key: object, name: str) -> None:
     """A subclass may hold packed numbers, as 8-bit optimizers do, that can't be taken out."""
     if type(entry) in (Tensor, nn.Parameter):
         return
+    if problem := problem_with(entry):
+        raise OptimizerError(f"state {key!r} of layer {name!r} can't follow its weights: {problem}")
     try:
-        none = torch.zeros(0, dtype=torch.int64, device=entry.device)
-        _ = entry[none]
-        entry.index_select(0, none)
+        held = local(entry)
+        none = torch.zeros(0, dtype=torch.int64, device=held.device)
+        _ = held[none]
+        held.index_select(0, none)
     except Exception as error:
         raise OptimizerError(
             f"state {key!r} of layer {name!r} must be a tensor that can be indexed, to follow a "
@@ -200,7 +204,7 @@ def _trial(
         return None  # the reference; its shape is a matrix's, as ever
     rows = _ROWS + sum(values.shape[1:])
     with torch.no_grad():
-        twin = nn.Parameter(values.detach().new_zeros(rows, *values.shape[1:]))
+        twin = nn.Parameter(local(values).detach().new_zeros(rows, *values.shape[1:]))
     twin.grad = torch.zeros_like(twin)
     trial = object.__new__(type(optimizer))
     vars(trial).update(vars(optimizer))

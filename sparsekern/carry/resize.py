@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.carry.averages import twins_of
 from sparsekern.carry.followers import follower_of
-from sparsekern.carry.rewire import rewired
+from sparsekern.carry.rewire import carried, rewired
 from sparsekern.carry.transaction import commit
 from sparsekern.carry.wrappers import check_holds
 from sparsekern.errors import ConfigError, DtypeError
@@ -42,8 +42,9 @@ def resize_(
         check_free(layer, name)
     followed = () if follower is None else follower.followed
     twins = twins_of({name: layer}, [item for item in followed if name in item.names])
-    source = _source(layer.topology, topology)
-    commit(rewired(name, layer, topology, source, optimizers=optimizers, twins=twins.get(name, ())))
+    source = topology.traced_to(layer.topology)
+    moving = carried(name, layer, optimizers, twins.get(name, ()))
+    commit(rewired(moving, moving.whole(), topology, source))
     if follower is not None:
         follower.look_again()
 
@@ -58,15 +59,6 @@ def _optimizers(given: Any, follower: Any) -> tuple[torch.optim.Optimizer, ...]:
                 f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}"
             )
     return optimizers
-
-
-def _source(old: Topology, new: Topology) -> Tensor:
-    """(new.nnzb,) int64: where each block stood before, -1 for one that was not active."""
-    before, now = old.positions(), new.positions().to(old.device)
-    if not before.numel():
-        return torch.full_like(now, -1)
-    at = torch.searchsorted(before, now).clamp_(max=before.numel() - 1)
-    return torch.where(before[at] == now, at, -1)
 
 
 def check_free(layer: SparseLayer, name: str) -> None:

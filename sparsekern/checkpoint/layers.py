@@ -16,6 +16,7 @@ from sparsekern.checkpoint.file import Content
 from sparsekern.errors import CheckpointError, SparseKernError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.init import TORCH_GAIN
+from sparsekern.nn.sharded import is_sharded
 from sparsekern.ops import block_norm
 from sparsekern.swap import Target, all_targets, sparse_layers
 from sparsekern.swap.build import Drawing, sparse_layer
@@ -25,6 +26,16 @@ from sparsekern.topology import ARRAY_NAMES, Topology
 from sparsekern.topology.blocks import Grid
 
 log = logging.getLogger(__name__)
+
+
+def check_whole(tensors: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where ranks hold parts of a tensor, as with FSDP2."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and is_sharded(tensor):
+            raise CheckpointError(
+                f"{name!r} is a DTensor, sharded over ranks by FSDP2: save and load it with "
+                "torch.distributed.checkpoint"
+            )
 
 
 class SavedLayer(NamedTuple):

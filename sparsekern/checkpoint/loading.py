@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.checkpoint import file, layers
-from sparsekern.checkpoint.layers import SavedLayer
+from sparsekern.checkpoint.layers import SavedLayer, check_whole
 from sparsekern.checkpoint.optimizers import Optimizers, as_tuple, kept, unpacked
 from sparsekern.checkpoint.tree import decode
 from sparsekern.errors import CheckpointError, ConfigError, DtypeError, told
@@ -85,6 +85,7 @@ def load(
         raise DtypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
     if connections not in CONNECTIONS:
         raise ConfigError(f"`connections` must be one of {CONNECTIONS}; got {connections!r}")
+    check_whole(dict(model.named_parameters()))
     optimizers = as_tuple(optimizer)
     try:
         with ExitStack() as undo:

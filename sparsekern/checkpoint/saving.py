@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.checkpoint import file
+from sparsekern.checkpoint.layers import check_whole
 from sparsekern.checkpoint.optimizers import Optimizers, as_tuple, packed
 from sparsekern.checkpoint.tree import encode
 from sparsekern.errors import CheckpointError, DtypeError
@@ -47,6 +48,7 @@ def save(
     if not isinstance(model, nn.Module):
         raise DtypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}")
     state = dict(model.state_dict())
+    check_whole(state)
     if foreign := file.own_names(state):
         raise CheckpointError(f"names must not begin with {file.OWN!r}; got {foreign}")
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}

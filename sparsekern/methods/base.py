@@ -8,39 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
-from sparsekern.carry.optimizer_state import check_followable, check_state, moving_state
+from sparsekern.carry.optimizer_state import moving_state
 from sparsekern.carry.transaction import Append, Attribute, Write
-from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
-from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
+from sparsekern.carry.wrappers import check_holds
+from sparsekern.errors import ConfigError, DtypeError, TopologyError
 from sparsekern.methods import ranks
+from sparsekern.methods.agreement import facts
+from sparsekern.methods.attaching import as_optimizers, layers_to_train
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
-from sparsekern.methods.loop import Loop
+from sparsekern.methods.joining import Joins, check_joinable, led
+from sparsekern.methods.overrides import expect, naming
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
 from sparsekern.methods.sources import Source
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
-from sparsekern.nn import SparseLayer
+from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.init import bounds
 from sparsekern.ops import block_norm
 from sparsekern.ops.grow import check_norm
 from sparsekern.ops.ranges import ranged
-from sparsekern.swap import sparse_layers
+from sparsekern.topology import Topology
 
 log = logging.getLogger(__name__)
 
 GROW_INITS = ("zeros", "init")
+DECIDE = "decide a topology update"
+T = TypeVar("T")
 
 
-class Method(Loop):
+class Method(Joins):
     """A sparse training method attached to a model and its optimizer.
 
     A method of its own is a subclass that names its `source` and `budget`, and overrides what else
@@ -109,14 +115,15 @@ class Method(Loop):
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
         optimizers = as_optimizers(optimizer)
-        self.layers = _layers_to_train(model, optimizers)
+        self.layers = layers_to_train(model, optimizers)
         self._loads = {name: layer._loads for name, layer in self.layers.items()}
-        self._held = {name: m.values for name, m in self.trained_layers().items()}
+        self._held = {n: sharded.trained(m) for n, m in self.trained_layers().items()}
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
         self.schedule: UpdateSchedule = schedule
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
         self._ready_layers: frozenset[str] | None = None  # of the update that is being made
+        self._out_of_inputs: list[int] = []  # ranks, at that update
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self._begin()
 
@@ -169,7 +176,7 @@ class Method(Loop):
             dtype=torch.float32,
             device="cpu",
         )
-        drawn = drawn.to(layer.values) * 2 - 1
+        drawn = drawn.to(layer.values.device, layer.values.dtype) * 2 - 1
         drawn = topology.clear_padding_(drawn * bounds(topology).to(drawn.dtype))
         return drawn[update.source < 0]
 
@@ -183,25 +190,47 @@ class Method(Loop):
         """
         layers, keep = self.updated_layers(), {}
         for name, layer in layers.items():
-            with ranged("drop", name), _naming(name):
-                kept = self.survivors(name, layer, fraction)
-                keep[name] = _expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
+            with ranged("drop", name):
+                keep[name] = self._asked(layer, partial(self._keep, name, layer, fraction))
         dropped = {name: kept.numel() - int(kept.sum()) for name, kept in keep.items()}
-        grown = type(self).budget(dropped, layers, self.growth)
-        check_exact(dropped, grown)
+        grown = self._asked(None, partial(self._shared_out, dropped, layers))
         decisions = {}
         for name, layer in layers.items():
-            with ranged("grow", name), _naming(name):
-                update = self._grow(name, layer, keep[name], grown[name])
-                values = self.grown_values(name, layer, update)
-                if values is not None:
-                    _expect("grown_values", name, values, (update.grown, *layer.block))
-            decisions[name] = Decision(update, dropped[name], values)
+            with ranged("grow", name):
+                make = partial(self._decision, name, layer, keep[name], grown[name])
+                decisions[name] = self._asked(layer, make)
         return decisions
+
+    def _asked(self, layer: SparseLayer | None, work: Callable[[], T]) -> T:
+        """What overrides answer. Where ranks hold parts of a layer, it is whole for a while."""
+        if not self._sharded():
+            return work()
+        with nullcontext() if layer is None else sharded.gathered(layer):
+            return ranks.together(work, DECIDE)
+
+    def _keep(self, name: str, layer: SparseLayer, fraction: float) -> Tensor:
+        with naming(name):
+            kept = self.survivors(name, layer, fraction)
+            return expect("survivors", name, kept, (layer.topology.nnzb,), torch.bool)
+
+    def _shared_out(
+        self, dropped: dict[str, int], layers: dict[str, SparseLayer]
+    ) -> dict[str, int]:
+        grown = type(self).budget(dropped, layers, self.growth)
+        check_exact(dropped, grown)
+        return grown
+
+    def _decision(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Decision:
+        with naming(name):
+            update = self._grow(name, layer, keep, n)
+            values = self.grown_values(name, layer, update)
+            if values is not None:
+                expect("grown_values", name, values, (update.grown, *layer.block))
+            return Decision(update, keep.numel() - int(keep.sum()), values)
 
     def _grow(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> TopologyUpdate:
         positions = self.grown_positions(name, layer, keep, n)
-        _expect("grown_positions", name, positions, (n,), torch.int64)
+        expect("grown_positions", name, positions, (n,), torch.int64)
         try:
             return rewire(layer.topology, keep, positions)
         except TopologyError as error:  # a survivor, the same twice, or out of range
@@ -209,7 +238,10 @@ class Method(Loop):
 
     def trained_layers(self) -> dict[str, SparseLayer]:
         """The layers that take part now: those whose values are not frozen."""
-        return {name: m for name, m in self.layers.items() if m.values.requires_grad}
+        return {n: m for n, m in self.layers.items() if sharded.trained(m).requires_grad}
+
+    def _sharded(self) -> bool:
+        return any(sharded.is_sharded(sharded.trained(m)) for m in self.trained_layers().values())
 
     def updated_layers(self) -> dict[str, SparseLayer]:
         """Those of them that an update changes: without a gradient, RigL leaves a layer out."""
@@ -241,7 +273,7 @@ class Method(Loop):
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
 
     def _weights(self) -> Iterable[nn.Parameter]:
-        return (layer.values for layer in self.layers.values())
+        return map(sharded.trained, self.layers.values())
 
     def _takes_part(self) -> bool:
         layers = self.trained_layers()
@@ -250,7 +282,7 @@ class Method(Loop):
         return bool(layers)
 
     def _check_held(self, name: str) -> None:
-        values = self.layers[name].values
+        values = sharded.trained(self.layers[name])
         if self._held.get(name) is not values:  # unfrozen since, or another parameter
             check_holds(self.optimizers, name, values)
             self._held[name] = values
@@ -275,7 +307,7 @@ class Method(Loop):
         late = [
             name
             for name, layer in changed.items()
-            if not with_state and moving_state(self.optimizers, name, layer.values)
+            if not with_state and moving_state(self.optimizers, name, sharded.trained(layer))
         ]
         self._loads = loads
         if late:
@@ -292,8 +324,13 @@ class Method(Loop):
         digests = "".join(layer.topology.digest() for layer in layers)
         return hashlib.sha256(digests.encode()).hexdigest()
 
+    def _update_if_due(self) -> bool:
+        with ranks.naming(f"a topology update of layers {list(self.layers)}"):
+            return super()._update_if_due()
+
     def _ready(self) -> bool:
         layers, step = self.trained_layers(), self.weight_steps
+        self._meet()
         self._ready_layers = self.growth.ready(layers, step, self.last_update)
         if not self._ready_layers:
             self._watch(True)
@@ -301,8 +338,8 @@ class Method(Loop):
         return ranks.all_agree(self._are_finite, "look at its weights")
 
     def _are_finite(self) -> bool:
-        layers = self.updated_layers()
-        broken = [n for n, m in layers.items() if not bool(m.values.isfinite().all())]
+        held = {n: sharded.local(sharded.trained(m)) for n, m in self.updated_layers().items()}
+        broken = [name for name, values in held.items() if not bool(values.isfinite().all())]
         if broken:
             step = self.weight_steps
             log.warning("update at weight step %d not made: %s not finite", step, broken)
@@ -310,12 +347,17 @@ class Method(Loop):
 
     def _update(self) -> None:
         step, fraction = self.weight_steps, self.schedule.fraction(self.weight_steps)
-        decisions, twins = ranks.together(
-            lambda: (self.decide(fraction), twins_of(self.layers, self.followed)),
-            "decide a topology update",
-        )
-        if ranks.is_distributed():
-            ranks.check_agreement({name: d.update.topology for name, d in decisions.items()})
+        if self._sharded():
+            decisions = self.decide(fraction)
+            twins = ranks.together(self._twins, DECIDE)
+        else:
+            decisions, twins = ranks.together(
+                lambda: (self.decide(fraction), self._twins()), DECIDE
+            )
+        if self._out_of_inputs:
+            make = self.grown_values
+            decisions = led(decisions, self._out_of_inputs, self.layers, make)
+        self._compare({name: d.update.topology for name, d in decisions.items()})
 
         def record(changes: dict[str, LayerChange]) -> list[Write]:
             done: list[Write] = [Append(self.history, UpdateRecord(step, fraction, changes))]
@@ -324,65 +366,24 @@ class Method(Loop):
 
         change(self.layers, decisions, self.optimizers, twins, record)
 
+    def _meet(self) -> None:
+        """Be where the other ranks are, with the topologies that they have."""
+        if not ranks.is_distributed():
+            return
+        layers, enabled = self.trained_layers(), getattr(self._join_config, "enable", False)
+        check_joinable(layers, enabled)
+        digests = {name: layer.topology.digest() for name, layer in layers.items()}
+        here = ranks.Standing(self.weight_steps, self.last_update, digests, self.joined)
+        self._out_of_inputs = ranks.check_standing(here)
 
-def as_optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers of one method; raises if a method can't follow one of them."""
-    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
-    for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise DtypeError(
-                "`optimizer` must be a torch.optim.Optimizer, or several in a list; "
-                f"got {type(optimizer).__name__}"
-            )
-        for inner in unwrapped(optimizer):
-            check_followable(inner)
-        check_steps(optimizer)
-    if (
-        len({id(unwrapped(optimizer)[-1]) for optimizer in optimizers}) != len(optimizers)
-        or not optimizers
-    ):
-        raise ConfigError(f"`optimizer` must name each optimizer once; got {len(optimizers)}")
-    return optimizers
-
-
-def _layers_to_train(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, SparseLayer]:
-    """All sparse layers; raises unless those that are not frozen are held by one optimizer.
-
-    A layer that is frozen now takes part from when it is unfrozen.
-    """
-    layers = sparse_layers(model)
-    if not layers:
-        raise ConfigError(
-            "`model` has no sparse layer; call sparsify_ first (at a low sparsity ERK leaves all "
-            "layers dense)"
+    def _compare(self, topologies: Mapping[str, Topology]) -> None:
+        """Raise `RankMismatchError` unless other ranks hold the same layers, to the bit."""
+        if not ranks.is_distributed():
+            return
+        held = self.layers, self.growth, self.optimizers, self.joined
+        ranks.check_equal(
+            lambda: {n: facts(n, held[0][n], t, *held[1:]) for n, t in topologies.items()}
         )
-    for name, layer in layers.items():
-        if layer.values.requires_grad:
-            check_holds(optimizers, name, layer.values)
-            check_state(optimizers, name, layer.values)
-    return layers
 
-
-def _expect(
-    what: str, name: str, got: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> Tensor:
-    """Check what an override gave for a layer."""
-    if tuple(got.shape) != shape or dtype not in (None, got.dtype):
-        kind = f"{dtype} " if dtype else ""
-        raise ShapeError(
-            f"`{what}` of layer {name!r} must be {kind}of shape {shape}; "
-            f"got {got.dtype} of shape {tuple(got.shape)}"
-        )
-    return got
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Let an exception say which layer it is about."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in layer {name!r}")
-        raise
+    def _twins(self) -> dict[str, list[SparseLayer]]:
+        return twins_of(self.layers, self.followed)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekern.carry.rewire import rewired
+from sparsekern.carry.rewire import Carried, carried, rewired
 from sparsekern.carry.transaction import Write, commit
+from sparsekern.methods import ranks
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer
 from sparsekern.ops.ranges import ranged
@@ -72,19 +74,37 @@ def change(
     Raises:
         OptimizerError: a state can't follow; nothing has changed then.
     """
-    writes: list[Write] = []
-    for name, (update, _, values) in decisions.items():
-        with ranged("rewire", name):
-            writes += rewired(
-                name,
-                layers[name],
-                update.topology,
-                update.source,
-                values=values,
-                optimizers=optimizers,
-                twins=twins.get(name, ()),
-            )
+    moving = ranks.together(
+        lambda: [carried(n, layers[n], optimizers, twins.get(n, ())) for n in decisions],
+        "follow a topology update",
+    )
+    if any(one.sharded for one in moving):
+        writes = _gathered(moving, decisions)
+    else:
+        writes = ranks.together(
+            lambda: [write for one in moving for write in _rewired(one, one.whole(), decisions)],
+            "prepare a topology update",
+        )
     changes = {name: LayerChange(d.dropped, d.update.grown) for name, d in decisions.items()}
     writes += then(changes)
     commit(writes)
     return changes
+
+
+def _gathered(moving: Sequence[Carried], decisions: Mapping[str, Decision]) -> list[Write]:
+    """The same where ranks hold parts: one layer after the other is whole for a while."""
+    writes: list[Write] = []
+    for one in moving:
+        with ranks.naming(f"layer {one.name!r}, gathering its values and optimizer state"):
+            held = one.whole()
+        prepare = partial(_rewired, one, held, decisions)
+        writes += ranks.together(prepare, "prepare a topology update")
+    return writes
+
+
+def _rewired(
+    moving: Carried, held: Sequence[Tensor], decisions: Mapping[str, Decision]
+) -> list[Write]:
+    update, _, values = decisions[moving.name]
+    with ranged("rewire", moving.name):
+        return rewired(moving, held, update.topology, update.source, values)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from sparsekern.nn import SparseLayer
+from sparsekern.nn.sharded import gradients, is_sharded, trained
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import register
 from sparsekern.ops.ranges import ranged
@@ -65,6 +66,8 @@ class GradientObserver:
     def _prepare(self) -> None:
         self.key = register(self)
         self._hook: RemovableHandle | None = None
+        self._armed = False
+        self._met: TensorWeakRef | None = None
         self._node: Any = None
         self._outer = _OUTSIDE
         self._reset()
@@ -74,8 +77,22 @@ class GradientObserver:
         self.disarm()
         self.k = k
         self.layer.observe(self.key)
-        self._node = get_gradient_edge(self.layer.values).node
-        register_hook: Any = self.layer.values.register_post_accumulate_grad_hook
+        self._armed = True
+        if not is_sharded(self.layer.values):
+            self._meet()
+
+    def _meet(self) -> None:
+        """Hang on to the parameter whose gradient is accumulated now.
+
+        FSDP2 has one for the time between its gathering and the end of backward, made at the first.
+        """
+        values = self.layer.values
+        if self._met is not None and self._met() is values:
+            return
+        if self._hook is not None:
+            self._hook.remove()
+        self._met, self._node = TensorWeakRef(values), _node_of(values)
+        register_hook: Any = values.register_post_accumulate_grad_hook
         self._hook = register_hook(self._accumulated)
 
     def disarm(self) -> None:
@@ -84,13 +101,15 @@ class GradientObserver:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        self._node = None
+        self._armed, self._node, self._met = False, None, None
         self._reset()
 
     # ---- called by the capture operators
 
     def expect(self) -> None:
         """A forward pass went through the layer."""
+        if self._armed and self.layer._sharding is not None:
+            self._meet()
         self._outer = _C._current_graph_task_id()
         if self._outer == _OUTSIDE:
             self._uses += 1
@@ -191,17 +210,19 @@ class GradientObserver:
     def _was_cleared(self) -> bool:
         """Whether the gradients were set to None or zero since the last backward pass.
 
-        A gradient that is zero by itself has not been touched since it was accumulated.
+        A gradient that is zero by itself has not been touched since it was accumulated. With FSDP2
+        only None is cleared.
         """
-        grad = self.layer.values.grad
-        if grad is None:
-            return True
+        grads = gradients(self.layer)
+        if not grads or self.layer._sharding is not None:  # one rank's part may be all zeros
+            return not grads
+        grad = grads[0]
         if self._grad is not None and self._grad[0]() is grad and self._grad[1] == grad._version:
             return False
         return not bool(grad.any())
 
     def _stream(self, pairs: list[_Pair], reduce: Callable[[Tensor], None] | None) -> GrowScores:
-        device = self.layer.values.device
+        device = trained(self.layer).device
         dys, xs = (
             [t.to(device) for t in group] for group in zip(*(p[:2] for p in pairs), strict=True)
         )
@@ -257,6 +278,13 @@ class _Pass:
     def end(self) -> None:
         """What was not accumulated by now, never is."""
         self.pairs.clear()
+
+
+def _node_of(values: Tensor) -> Any:
+    """What accumulates the gradient of a parameter; also from inside an operator."""
+    none = _C.DispatchKeySet(_C.DispatchKey.Undefined)
+    with _C._ForceDispatchKeyGuard(none, none):
+        return get_gradient_edge(values).node
 
 
 def _is_compiled() -> bool:

@@ -13,6 +13,7 @@ from sparsekern.methods import ranks
 from sparsekern.methods.observer import GradientObserver, Seen
 from sparsekern.methods.update import grow_largest, grow_random
 from sparsekern.nn import SparseLayer
+from sparsekern.ops import GrowScores
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ class Source:
             last: that of the one before.
         """
         return frozenset(names)
+
+    def facts(self, name: str) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """What it found out of a layer, equal on all ranks, by what to call it in a message."""
+        return {}
 
     def best(self, name: str, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """The positions, (n,) int64, that a layer should grow.
@@ -107,12 +112,22 @@ class Gradient(Source):
             self._postpone(step, last, problems or "no layer has a gradient")
             return frozenset()
         reduce = ranks.sum_over_ranks if ranks.is_distributed() else None
-        scores = {name: self.observers[name].scores(reduce) for name in seen}
+        scores: dict[str, GrowScores | None] = {}
+        for name in seen:
+            with ranks.naming(f"layer {name!r}, summing its gradient over ranks"):
+                scores[name] = self.observers[name].scores(reduce)
         broken = [name for name, s in scores.items() if s is not None and not s.is_finite()]
         if broken:
             self._postpone(step, last, f"the gradient of {broken} is not finite")
             return frozenset()
         return frozenset(seen)
+
+    def facts(self, name: str) -> Mapping[str, Tensor]:
+        """The scores, of active blocks and of candidates, and where those stand."""
+        found = self.observers[name].scores()
+        if found is None:
+            return {}
+        return {"score": found.active, "candidate": found.positions, "best score": found.scores}
 
     def _check_passes(self, everyone: list[dict[str, Seen]]) -> None:
         for rank, mine in enumerate(everyone):

@@ -37,6 +37,11 @@ class TopologyUpdate:
         """How many blocks were not active before."""
         return int((self.source < 0).sum())
 
+    @classmethod
+    def between(cls, old: Topology, new: Topology) -> TopologyUpdate:
+        """What leads from one topology to another."""
+        return cls(new, new.traced_to(old))
+
 
 def drop_count(active: int, fraction: float) -> int:
     """How many of `active` blocks to drop: truncated in float32, as the reference code does."""

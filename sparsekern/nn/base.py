@@ -12,6 +12,7 @@ from sparsekern import ops
 from sparsekern.errors import DtypeError, ShapeError, TopologyError
 from sparsekern.nn.held import HeldTopology
 from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
+from sparsekern.nn.sharded import local, part, whole
 from sparsekern.nn.view import WeightView, refuse_assignment
 from sparsekern.ops import GrowScores
 from sparsekern.ops.capture import capture
@@ -100,13 +101,22 @@ class SparseLayer(HeldTopology):
         dtype = self.values.dtype
         return resolve(self.impl, device, dtype, self.block, density, conv=self.convolves)
 
+    def is_reduced(self) -> bool:
+        """Whether a DDP module makes the gradient of the values equal on all ranks."""
+        ddp: Any = None if self._ddp is None else self._ddp()
+        return ddp is not None and bool(ddp.require_backward_grad_sync)
+
     def mask(self) -> Tensor:
         """Dense bool mask of the active weights, of the shape of `weight`."""
         return self.as_weight(self.topology.to_mask())
 
     def active_values(self) -> Tensor:
-        """Active weights (nnzb, bh, bw), detached, whatever the storage."""
-        return self.pack(self.values.detach())
+        """Active weights (nnzb, bh, bw), detached, whatever the storage.
+
+        Of values that FSDP2 has sharded, a copy of all: every rank must ask.
+        """
+        held = whole(self.values.detach()) if self._whole is None else self._whole
+        return self.pack(held)
 
     def dense_weight(self) -> Tensor:
         """Dense weight, detached, as torch's dense layer holds it."""
@@ -134,7 +144,7 @@ class SparseLayer(HeldTopology):
             raise ShapeError(f"`blocks` must have shape {shape}; got {tuple(blocks.shape)}")
         with torch.no_grad():
             stored = blocks if self.dense_mask is None else self.topology.unpack(blocks)
-            self.values.copy_(stored)
+            local(self.values).copy_(part(stored, self.values))
 
     def rewire_(self, topology: Topology, source: Tensor, tensors: Sequence[Tensor]) -> None:
         """Switch to `topology` in place, and move `tensors` with it.
@@ -148,9 +158,9 @@ class SparseLayer(HeldTopology):
         _ = self.topology
         fresh = self.fresh_slots(topology, source)
         with torch.no_grad():
-            new = [self.moved(tensor.detach(), source, fresh, topology) for tensor in tensors]
+            new = [self.moved(whole(t.detach()), source, fresh, topology) for t in tensors]
             for tensor, made in zip(tensors, new, strict=True):
-                tensor.copy_(made)
+                local(tensor).copy_(part(made, tensor))
             if self.dense_mask is not None:
                 self.dense_mask.copy_(topology.to_mask())
             self._overwrite_(topology)
@@ -252,7 +262,8 @@ class SparseLayer(HeldTopology):
     def no_pair(self) -> tuple[Tensor, Tensor]:
         """A pair (dy, x) of no tokens: its dense gradient is zero."""
         rows, cols = self.matrix_shape
-        return self.values.detach().new_empty(0, rows), self.values.detach().new_empty(0, cols)
+        like = local(self.values).detach()
+        return like.new_empty(0, rows), like.new_empty(0, cols)
 
     def observe(self, key: int) -> None:
         """Pass (dy, x) of coming backward passes to the capture sink `key`; 0 stops it."""

@@ -24,6 +24,7 @@ from sparsekern.nn.conv_arguments import (
     padding_of,
 )
 from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
+from sparsekern.nn.sharded import local
 from sparsekern.ops import GrowScores
 from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.masked import dense_conv2d, to_kernel, to_matrix
@@ -190,7 +191,7 @@ class SparseConv(SparseLayer):
 
     def no_pair(self) -> tuple[Tensor, Tensor]:
         """A pair (dy, x) of no images."""
-        g, like = self.geometry, self.values.detach()
+        g, like = self.geometry, local(self.values).detach()
         size = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
         x = like.new_empty(0, self.in_channels, *size)
         return like.new_empty(0, self.out_channels, *g.output_size(*size)), x

@@ -8,6 +8,7 @@ written to; see `sparsekern.topology.known`. Only what this library writes itsel
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, Self
@@ -49,6 +50,9 @@ class HeldTopology(nn.Module):
     _related = False  # whether it is a copy, or was copied
     _left: averaged.LeftBehind | None = None
     _loads = 0  # how often a load gave it other connections or another parameter
+    _sharding: Any = None  # what FSDP2 keeps of `values`
+    _whole: Tensor | None = None  # all of sharded values, while they are gathered
+    _ddp: weakref.ref[nn.Module] | None = None  # the DDP module that it runs in
 
     def __init__(self, topology: Topology) -> None:
         super().__init__()
@@ -214,6 +218,7 @@ class HeldTopology(nn.Module):
         """A copy has tensors of its own: what is known of these does not hold for them."""
         self._related = True
         lost = {"_topology": None, "_buffers_then": (), "_left": None}
+        lost |= {"_sharding": None, "_whole": None, "_ddp": None}
         return self.__dict__ | lost | {"_origin": Origin(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -320,7 +325,7 @@ def _leave_broadcast(ddp: Any) -> None:
             held = [name for name, array in module._buffers.items() if array is not None]
             names.update(f"{prefix}.{name}" if prefix else name for name in held)
             forget(module._held())
-            module._topology = None
+            module._topology, module._ddp = None, weakref.ref(ddp)
     ddp.parameters_to_ignore = names
     ddp._assign_modules_buffers()
     vars(ddp)[_LEFT] = True

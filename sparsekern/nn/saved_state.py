@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import DtypeError, ShapeError, TopologyError
+from sparsekern.nn.sharded import is_sharded, local, part
 from sparsekern.topology import ARRAY_NAMES, DERIVED_NAMES, STORED_NAMES, Topology
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def _values(layer: HeldTopology, topology: Topology, values: Any, prefix: str) -
             f"{topology.shape} of a masked layer; got {shape}"
         )
     masked = layer.dense_mask is not None
+    if is_sharded(values):
+        return _sharded_values(topology, values, prefix, fits=masked == (len(shape) == 2))
     if masked != (len(shape) == 2):
         topology = topology.to(values.device)
         return topology.unpack(values) if masked else topology.pack(values)
@@ -104,11 +107,27 @@ def _values(layer: HeldTopology, topology: Topology, values: Any, prefix: str) -
     return values
 
 
+def _sharded_values(topology: Topology, values: Tensor, prefix: str, *, fits: bool) -> Tensor:
+    """Values that FSDP2 has cut up: as they are, with zeros beyond the matrix."""
+    if not fits:
+        raise DtypeError(
+            f"`values` of {prefix!r} must be a dense tensor to be stored another way; got a DTensor"
+        )
+    if topology.grid.ragged and values.dim() == 3:
+        inside = torch.ones(topology.values_shape, device=values.device)
+        beyond = part(topology.to(values.device).clear_padding_(inside), values) == 0
+        values = values.clone()
+        local(values).masked_fill_(beyond, 0)
+    return values
+
+
 def _from_dense(layer: HeldTopology, state: dict[str, Any], prefix: str) -> Topology:
     """Take a dense layer's weight at the layer's own connections."""
     weight, shape = state[prefix + "weight"], tuple(layer.weight_shape)
     if not isinstance(weight, Tensor) or weight.layout is not torch.strided:
         raise DtypeError(f"`weight` of {prefix!r} must be a dense tensor; got {_kind(weight)}")
+    if is_sharded(weight):
+        raise DtypeError(f"`weight` of {prefix!r} must be a dense tensor; got a DTensor")
     if not weight.is_floating_point():
         raise DtypeError(f"`weight` of {prefix!r} must be floating point; got {weight.dtype}")
     if tuple(weight.shape) != shape:

@@ -7,6 +7,7 @@ from torch import nn
 from sparsekern.carry.followers import follower_of
 from sparsekern.carry.resize import WRAPPERS
 from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.nn.sharded import is_sharded
 
 
 def check_model(model: object) -> None:
@@ -26,6 +27,12 @@ def check_unwrapped(model: nn.Module, verb: str) -> None:
                 f"{where} is inside {wrapper}, which would not synchronise new parameters: call "
                 f"{verb} before wrapping it"
             )
+        for own, parameter in module.named_parameters(recurse=False):
+            if is_sharded(parameter):
+                raise ConfigError(
+                    f"parameter {own!r} of submodule {name!r} is a DTensor, shared out over ranks "
+                    f"by tensor parallelism or FSDP2: call {verb} before (FSDP2), or leave it out"
+                )
 
 
 def follower_name(layer: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ from sparsekern.carry.transaction import Append, Attribute, Copy, Write, commit
 from sparsekern.carry.wrappers import check_holds
 from sparsekern.errors import ConfigError
 from sparsekern.methods import ranks
-from sparsekern.methods.base import as_optimizers
+from sparsekern.methods.attaching import as_optimizers
 from sparsekern.methods.change import LayerChange, UpdateRecord
 from sparsekern.methods.loop import Loop
 from sparsekern.methods.progress import Progress

@@ -429,6 +429,14 @@ class Topology:
         kept = contains(theirs, mine)
         return TopologyDiff(theirs[~contains(mine, theirs)], mine[~kept], mine[kept])
 
+    def traced_to(self, old: Topology) -> Tensor:
+        """(nnzb,) int64: where each block stands in `old`, of the same grid; -1 for a new one."""
+        before, now = old.positions(), self.positions().to(old.device)
+        if not before.numel():
+            return torch.full_like(now, -1)
+        at = torch.searchsorted(before, now).clamp_(max=before.numel() - 1)
+        return torch.where(before[at] == now, at, -1)
+
     def overlap(self, other: Topology) -> float:
         """Share of this topology's blocks that are active in `other` too; 1.0 if it has none."""
         return self.diff(other).kept.numel() / self.nnzb if self.nnzb else 1.0

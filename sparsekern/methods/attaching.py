@@ -1,0 +1,59 @@
+"""What a method can be attached to: the optimizers and layers it is given, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sparsekern.carry.optimizer_state import check_followable, check_state
+from sparsekern.carry.parallel import check_parallel, check_sharding
+from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
+from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.nn import SparseLayer, sharded
+from sparsekern.swap import sparse_layers
+
+
+def as_optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers of one method; raises if a method can't follow one of them."""
+    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise DtypeError(
+                "`optimizer` must be a torch.optim.Optimizer, or several in a list; "
+                f"got {type(optimizer).__name__}"
+            )
+        for inner in unwrapped(optimizer):
+            check_followable(inner)
+        check_steps(optimizer)
+    if (
+        len({id(unwrapped(optimizer)[-1]) for optimizer in optimizers}) != len(optimizers)
+        or not optimizers
+    ):
+        raise ConfigError(f"`optimizer` must name each optimizer once; got {len(optimizers)}")
+    return optimizers
+
+
+def layers_to_train(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, SparseLayer]:
+    """All sparse layers; raises unless those that are not frozen are held by one optimizer.
+
+    A layer that is frozen now takes part from when it is unfrozen.
+    """
+    layers = sparse_layers(model)
+    check_parallel(model, [one for optimizer in optimizers for one in unwrapped(optimizer)])
+    sharded.manage(model, list(layers.values()))
+    if not layers:
+        raise ConfigError(
+            "`model` has no sparse layer; call sparsify_ first (at a low sparsity ERK leaves all "
+            "layers dense)"
+        )
+    for name, layer in layers.items():
+        check_sharding(name, layer)
+        values = sharded.trained(layer)
+        if values.requires_grad:
+            check_holds(optimizers, name, values)
+            check_state(optimizers, name, values)
+    return layers
