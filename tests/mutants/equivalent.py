@@ -397,7 +397,6 @@ EQUIVALENT = (
         None,
         "the interpreter drops a scalar `other` of 0, of `hi` too; assert_loads_are_filled tells",
     ),
-    Equivalent("_options", "name swapped", "max", "min", CHOICE, "tile.LANES"),
     # csr_conv2d
     Equivalent(
         "_csr_conv2d_kernel",
