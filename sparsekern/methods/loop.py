@@ -54,6 +54,7 @@ class Loop:
         self.weight_steps = 0
         self.last_update: int | None = None
         self.history: list[UpdateRecord] = []
+        self.postponed = 0  # batches, of this process, that an update was due on and not made
         self._chains = tuple(unwrapped(optimizer) for optimizer in optimizers)
         self._hooks: list[RemovableHandle] = []
         self._passes: BackwardPasses | None = None
@@ -285,7 +286,10 @@ class Loop:
         self._publish()
 
     def _update_if_due(self) -> bool:
-        if not (self.due and self._takes_part() and self._ready()):
+        if not (self.due and self._takes_part()):
+            return False
+        if not self._ready():
+            self.postponed += 1
             return False
         self._check_loads(self._state_loaded)  # `step` may be called by hand
         with ranged("update"):
@@ -365,6 +369,12 @@ class Loop:
             type(self).__name__,
             self.weight_steps,
         )
+
+
+def attached_to(optimizer: torch.optim.Optimizer) -> Loop | None:
+    """The method that the steps of an optimizer, or of what it wraps, drive; None if there is none."""
+    found = (loop for inner in unwrapped(optimizer) for loop in _attached.get(inner, ()))
+    return next((loop for loop in found if loop.attached), None)
 
 
 def _zero_gradient(parameter: torch.Tensor) -> None:
