@@ -14,6 +14,8 @@ class Monitor:
         for name, value in monitor.news().items():
             writer.add_scalar(name, value, step)  # TensorBoard's, or any other
 
+    What the method did before the monitor was made is no news.
+
     Args:
         method: attached to an optimizer, see `sparsekern.Method`.
         by_layer: tell the blocks dropped and grown in each layer too.
@@ -21,6 +23,7 @@ class Monitor:
 
     def __init__(self, method: Method, *, by_layer: bool = False) -> None:
         self.method, self.by_layer = method, by_layer
+        self._seen = len(method.history)
         self._told: tuple[int, int] | None = None
 
     def news(self) -> dict[str, float]:
@@ -40,10 +43,8 @@ class Monitor:
         now = len(history), self.method.postponed
         if now == self._told:
             return {}
-        # what was made before the first time, or loaded, is no news
-        seen = len(history) if self._told is None else min(self._told[0], len(history))
-        self._told = now
-        new = history[seen:]
+        new = history[self._seen :]
+        self._told, self._seen = now, len(history)
         figures = {"sparsity": self._sparsity(), "updates": float(len(history))}
         for what in ("dropped", "grown"):
             counts = {n: 0 for n in self.method.layers}

@@ -77,7 +77,9 @@ class SparseTraining(TrainerCallback):  # type: ignore[misc]
         """Log what is new."""
         news = self._monitor.news() if self._monitor is not None else {}
         if news and self._trainer is not None:
+            due = control.should_log  # which `log` takes for its own
             self._trainer.log(news)
+            control.should_log = due
         else:
             self._unlogged |= news
 
