@@ -45,8 +45,11 @@ check: $(STAMP)
 # Compile the kernels for sm_80, sm_90 and sm_100, without a GPU, and look at the machine code:
 # most for sm_90, and a third for the others unless SPARSEKERN_AOT=all. Then launch them over a
 # stand-in for the driver, which checks what it is handed; SPARSEKERN_LAUNCH=all has more cases.
-aot: $(STAMP)
+# Then some for sm_90 on the oldest release of triton, or all for all.
+aot: $(STAMP) $(VENV_OLD)/.installed
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/aot tests/launch -n $(WORKERS) --dist worksteal
+	$(ONE_THREAD) $(VENV_OLD)/bin/python -m pytest tests/aot/test_compile.py -n $(WORKERS) \
+		--dist worksteal
 
 $(VENV_OLD)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV_OLD)
@@ -72,9 +75,10 @@ $(VENV_STACKS)/.installed: pyproject.toml
 stacks: $(VENV_STACKS)/.installed
 	$(ONE_THREAD) $(VENV_STACKS)/bin/python -m pytest tests/stacks -n $(WORKERS) --dist worksteal
 
-# Compile them anew and write down what they use: tests/aot/kernels.lock.
-lock: $(STAMP)
+# Compile them anew and write down what they use: a tests/aot/kernels-*.lock for each release.
+lock: $(STAMP) $(VENV_OLD)/.installed
 	$(ONE_THREAD) $(BIN)/python -m tests.aot.lock
+	$(ONE_THREAD) $(VENV_OLD)/bin/python -m tests.aot.lock
 
 # Measure this machine: benchmarks/results/cpu/suite.json. A part of it goes to runs/bench.json:
 # make bench BENCH="--only linear" or BENCH="-k dw".

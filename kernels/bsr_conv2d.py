@@ -32,15 +32,23 @@ import triton
 import triton.language as tl
 
 from . import plans
-from .launch import in_dtype, input_precision, is_interpreted, output_dtype
+from .launch import (
+    in_dtype,
+    input_precision,
+    is_interpreted,
+    load_unit,
+    output_dtype,
+    unit_of,
+)
 from .pixels import FAR, both, inside, pixel, tile_of_program
 from .window import (
-    CHANNELS,
     Window,
     block_options,
     by_images,
+    channels_layout,
     empty_images,
     output_size,
+    pixel_strides,
     wanted_format,
 )
 
@@ -48,9 +56,13 @@ __all__ = ["bsr_conv2d"]
 
 
 # a new batch or image size must not mean a new compilation
-@triton.jit(do_not_specialize=["M", "H", "W", "PQ", "Q", "R", "RB", "CB"])
+@triton.jit(
+    do_not_specialize=[
+        "M", "H", "W", "PQ", "Q", "R", "RB", "CB", "Cg", "Cog", "C_out", "sxn", "sxh", "sxw"
+    ]
+)  # fmt: skip
 def _bsr_conv2d_kernel(
-    x_ptr,  # (N, H, W, C_in), strides sxn, sxh, sxw, 1
+    x_ptr,  # (N, H, W, groups, Cg rounded up to UNIT), strides UNIT * (sxn, sxh, sxw), then dense
     w_ptr,  # (nnzb, OUT, IN), contiguous
     start_ptr,  # (R + 1,) int32: crow
     index_ptr,  # (nnzb,) int32: col
@@ -72,6 +84,9 @@ def _bsr_conv2d_kernel(
     sxh,
     sxw,
     sb,
+    UNIT: tl.constexpr,
+    C_UNIT: tl.constexpr,  # divides Cg: UNIT or 1
+    O_UNIT: tl.constexpr,  # divides Cog
     KW: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
@@ -96,8 +111,9 @@ def _bsr_conv2d_kernel(
     n, p, q = pixel(m, PQ, Q)
     h = tl.where(m < M, p * SH - PH, FAR)[:, None]  # pixels beyond the last read nothing
     w = (q * SW - PW)[:, None]
-    x_pixel = x_ptr + g * Cg + n.to(tl.int64)[:, None] * sxn
-    x_pixel += h.to(tl.int64) * sxh + w.to(tl.int64) * sxw
+    width = tl.cdiv(Cg, UNIT) * UNIT
+    x_pixel = x_ptr + g * width + n.to(tl.int64)[:, None] * sxn * UNIT
+    x_pixel += (h.to(tl.int64) * sxh + w.to(tl.int64) * sxw) * UNIT
     w_out = w_ptr + tl.arange(0, OUT)[None, :] * IN
     lane = tl.arange(0, BK)
     lo = tl.load(start_ptr + row)
@@ -111,20 +127,22 @@ def _bsr_conv2d_kernel(
         tap = c // CB
         ch = (c - tap * CB) * IN + inner
         ch = tl.max_contiguous(tl.multiple_of(ch, min(IN, BK)), min(IN, BK))
-        keep = both(ch < Cg, t < hi, INTERPRET)
+        keep = both(ch < width, t < hi, INTERPRET)
         dh = tap // KW * DH
         dw = tap % KW * DW
         if not WIDE:
             dh = dh[None, :]
             dw = dw[None, :]
         x = tl.load(
-            x_pixel + (dh.to(tl.int64) * sxh + dw.to(tl.int64) * sxw) + ch[None, :],
+            x_pixel + (dh.to(tl.int64) * sxh + dw.to(tl.int64) * sxw) * UNIT + ch[None, :],
             mask=inside(h + dh, w + dw, H, W) & keep[None, :],
             other=0.0,
         )
         w_in = t.to(tl.int64) * (IN * OUT) + inner
         w_in = tl.max_contiguous(tl.multiple_of(w_in, min(IN, BK)), min(IN, BK))
         weight = tl.load(w_out + w_in[:, None], mask=keep[:, None], other=0.0)
+        if C_UNIT == 1:  # a mask that no unit divides would be one of single elements
+            weight = tl.where((ch < Cg)[:, None], weight, 0.0)
         # loaded an iteration ahead: where it is used it would halve the depth of the pipeline
         t = lo + (k + BK) // IN if WIDE else lo + (k + BK + lane) // IN
         c = tl.load(index_ptr + t, mask=t < hi, other=0)
@@ -132,6 +150,8 @@ def _bsr_conv2d_kernel(
             x = x.to(tl.float32)
             weight = weight.to(tl.float32)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+    Cog = tl.cdiv(Cog, O_UNIT) * O_UNIT
+    C_out = tl.cdiv(C_out, O_UNIT) * O_UNIT
     at = g * Cog + o
     if HAS_BIAS:
         bias = tl.load(bias_ptr + at.to(tl.int64) * sb, mask=o < Cog, other=0.0)
@@ -154,7 +174,8 @@ def bsr_conv2d(
 
     Args:
         x: (N, C_in, H, W), any strides; fp32, fp16 or bf16. Read as it lies if the channels of a
-            pixel are side by side, else copied into that layout, some images at a time.
+            pixel's groups are side by side in whole 16-byte loads, else copied into such, some
+            images at a time.
         values: (nnzb, BH, BW), x's dtype, in CSR order.
         crow: (block rows + 1,) int32.
         col: (nnzb,) int32 block columns.
@@ -181,19 +202,22 @@ def bsr_conv2d(
     groups, R, sb = window.groups, order.numel(), 0 if bias is None else bias.stride(0)
     sizes = {"H": H, "W": W, "PQ": P * Q, "Q": Q, "R": R, "C_out": n_out, "sb": sb}
     sizes |= {"RB": triton.cdiv(n_out // groups, bh), "CB": triton.cdiv(n_in // groups, bw)}
-    sizes |= {"Cg": n_in // groups, "Cog": n_out // groups, "HAS_BIAS": bias is not None}
+    Cg, Cog, unit = n_in // groups, n_out // groups, load_unit(x.dtype)
+    sizes |= {"Cg": Cg, "Cog": Cog, "HAS_BIAS": bias is not None}
+    sizes |= {"UNIT": unit, "C_UNIT": unit_of(Cg, x.dtype), "O_UNIT": unit_of(Cog, x.dtype)}
 
     def launch(x: torch.Tensor, y: torch.Tensor) -> None:
-        M, (sxn, _, sxh, sxw) = len(x) * P * Q, x.stride()
+        M = len(y) * P * Q
         tensors = x, values, crow, col, order, x if bias is None else bias, y
-        ordinary_kernel = plan.start(_bsr_conv2d_kernel, tensors, len(x))
+        ordinary_kernel = plan.start(_bsr_conv2d_kernel, tensors, len(y))
         if ordinary_kernel is not None:
-            strides = {"sxn": sxn, "sxh": sxh, "sxw": sxw}
+            steps = (step // unit for step in pixel_strides(x, (H, W)))
+            strides = dict(zip(("sxn", "sxh", "sxw"), steps, strict=True))
             ordinary_kernel[(triton.cdiv(M, cut["BM"]) * R,)](
                 *tensors, M=M, **strides, **sizes, **cut
             )
 
-    by_images(x, y, CHANNELS, launch)
+    by_images(x, y, channels_layout(groups), launch)
     return in_dtype(y, x.dtype)
 
 
@@ -205,5 +229,5 @@ def _key(
     held = values.shape, values.dtype
     return (
         "bsr_conv2d", x.shape, x.stride(), x.dtype, *held, added, n_out, window,
-        input_precision(x.dtype),
+        input_precision(x.dtype), x.data_ptr() % 16 == 0,
     )  # fmt: skip

@@ -22,9 +22,24 @@ import triton
 import triton.language as tl
 
 from . import plans
-from .launch import in_dtype, input_precision, is_interpreted, output_dtype
+from .launch import (
+    in_dtype,
+    input_precision,
+    is_interpreted,
+    load_unit,
+    output_dtype,
+    unit_of,
+)
 from .pixels import FAR, both, inside, phase, pixel, tile_of_program
-from .window import CHANNELS, Window, block_options, by_images, empty_images, wanted_format
+from .window import (
+    Window,
+    block_options,
+    by_images,
+    channels_layout,
+    empty_images,
+    pixel_strides,
+    wanted_format,
+)
 
 __all__ = ["TAPS_AT_ONCE", "bsr_conv2d_dgrad"]
 
@@ -44,9 +59,13 @@ def _place(i, starts, ends, U: tl.constexpr):
     return tap, t
 
 
-@triton.jit(do_not_specialize=["N", "M", "H", "W", "P", "Q", "R", "RB", "CB"])
+@triton.jit(
+    do_not_specialize=[
+        "N", "M", "H", "W", "P", "Q", "R", "RB", "CB", "Cg", "Cog", "C_in", "syn", "syh", "syw"
+    ]
+)  # fmt: skip
 def _bsr_conv2d_dgrad_kernel(
-    dy_ptr,  # (N, P, Q, C_out), strides syn, syh, syw, 1
+    dy_ptr,  # (N, P, Q, groups, Cog rounded up to UNIT), strides UNIT * (syn, syh, syw), then dense
     w_ptr,  # (nnzb, IN, OUT), contiguous
     start_ptr,  # (groups * TAPS * CB + 1,) int32: ccol
     index_ptr,  # (nnzb,) int32: row
@@ -67,6 +86,8 @@ def _bsr_conv2d_dgrad_kernel(
     syn,
     syh,
     syw,
+    UNIT: tl.constexpr,
+    C_UNIT: tl.constexpr,  # divides Cg: UNIT or 1
     TAPS: tl.constexpr,
     U: tl.constexpr,
     KW: tl.constexpr,
@@ -91,8 +112,9 @@ def _bsr_conv2d_dgrad_kernel(
     if m0 < N * rows * columns:
         m = m0 + tl.arange(0, BM)
         n, h, w = pixel(m, rows * columns, columns)
-        dy_pixel = dy_ptr + g * Cog + n.to(tl.int64)[:, None] * syn
-        dy_pixel += h.to(tl.int64)[:, None] * syh + w.to(tl.int64)[:, None] * syw
+        width = tl.cdiv(Cog, UNIT) * UNIT
+        dy_pixel = dy_ptr + g * width + n.to(tl.int64)[:, None] * syn * UNIT
+        dy_pixel += (h.to(tl.int64)[:, None] * syh + w.to(tl.int64)[:, None] * syw) * UNIT
         live = m < N * rows * columns
         p = tl.where(live, h, FAR)[:, None]  # pixels beyond the last read nothing
         q = w[:, None]
@@ -123,7 +145,7 @@ def _bsr_conv2d_dgrad_kernel(
                 inner = (k + lane) % IN
                 ch = (r - g * RB) * IN + inner
                 ch = tl.max_contiguous(tl.multiple_of(ch, min(IN, BK)), min(IN, BK))
-                keep = both(ch < Cog, i < total, INTERPRET)
+                keep = both(ch < width, i < total, INTERPRET)
                 # exact: other taps were left out
                 dp = (fh + PH - (first + tap) // KW * DH) // SH
                 dq = (fw + PW - (first + tap) % KW * DW) // SW
@@ -131,11 +153,12 @@ def _bsr_conv2d_dgrad_kernel(
                     dp = dp[None, :]
                     dq = dq[None, :]
                 dy = tl.load(
-                    dy_pixel + (dp.to(tl.int64) * syh + dq.to(tl.int64) * syw) + ch[None, :],
+                    dy_pixel + (dp.to(tl.int64) * syh + dq.to(tl.int64) * syw) * UNIT + ch[None, :],
                     mask=inside(p + dp, q + dq, P, Q) & keep[None, :],
                     other=0.0,
                 )
                 w_in = s.to(tl.int64) * (IN * OUT) + inner * OUT
+                keep = keep & (ch < Cog)
                 weight = tl.load(w_out + w_in[:, None], mask=keep[:, None], other=0.0)
                 # loaded an iteration ahead: where it is used it would halve the pipeline
                 i = (k + BK) // IN if WIDE else (k + BK + lane) // IN
@@ -146,6 +169,8 @@ def _bsr_conv2d_dgrad_kernel(
                     dy = dy.to(tl.float32)
                     weight = weight.to(tl.float32)
                 acc = tl.dot(dy, weight, acc, input_precision=PRECISION)
+        Cg = tl.cdiv(Cg, C_UNIT) * C_UNIT
+        C_in = tl.cdiv(C_in, C_UNIT) * C_UNIT
         c = cb * OUT + tl.arange(0, OUT)
         at = (n * H + h * SH + fh) * W + w * SW + fw
         dx = dx_ptr + at.to(tl.int64)[:, None] * C_in + (g * Cg + c)[None, :]
@@ -200,21 +225,22 @@ def bsr_conv2d_dgrad(
     groups, (SH, SW), taps = window.groups, window.stride, window.kernel[0] * window.kernel[1]
     RB, CB = triton.cdiv(n_out // groups, bh), triton.cdiv(n_in // groups, bw)
     sizes = {"H": H, "W": W, "P": P, "Q": Q, "R": groups * CB, "RB": RB, "CB": CB, "C_in": n_in}
-    sizes |= {"Cg": n_in // groups, "Cog": n_out // groups}
+    Cg, unit = n_in // groups, load_unit(dy.dtype)
+    sizes |= {"Cg": Cg, "Cog": n_out // groups, "UNIT": unit, "C_UNIT": unit_of(Cg, dy.dtype)}
     sizes |= {"TAPS": taps, "U": min(taps, TAPS_AT_ONCE)}
 
     def launch(dy: torch.Tensor, dx: torch.Tensor) -> None:
-        M = len(dy) * triton.cdiv(H, SH) * triton.cdiv(W, SW)
+        M = len(dx) * triton.cdiv(H, SH) * triton.cdiv(W, SW)
         tensors = dy, values, ccol, row, perm, dx
-        ordinary_kernel = plan.start(_bsr_conv2d_dgrad_kernel, tensors, len(dy))
+        ordinary_kernel = plan.start(_bsr_conv2d_dgrad_kernel, tensors, len(dx))
         if ordinary_kernel is not None:
-            syn, _, syh, syw = dy.stride()
-            strides = {"syn": syn, "syh": syh, "syw": syw}
+            steps = (step // unit for step in pixel_strides(dy, (P, Q)))
+            strides = dict(zip(("syn", "syh", "syw"), steps, strict=True))
             ordinary_kernel[triton.cdiv(M, cut["BM"]) * groups * CB, SH * SW](
-                *tensors, N=len(dy), M=M, **strides, **sizes, **cut
+                *tensors, N=len(dx), M=M, **strides, **sizes, **cut
             )
 
-    by_images(dy, dx, CHANNELS, launch)
+    by_images(dy, dx, channels_layout(groups), launch)
     return in_dtype(dx, dy.dtype)
 
 
@@ -223,4 +249,12 @@ def _key(
 ) -> tuple[Any, ...]:
     """All that a product's launches depend on, the images of each apart."""
     held = values.shape, values.dtype, n_in, tuple(size), window
-    return "bsr_conv2d_dgrad", dy.shape, dy.stride(), dy.dtype, *held, input_precision(dy.dtype)
+    return (
+        "bsr_conv2d_dgrad",
+        dy.shape,
+        dy.stride(),
+        dy.dtype,
+        *held,
+        input_precision(dy.dtype),
+        (dy.data_ptr() % 16 == 0),
+    )

@@ -8,23 +8,24 @@ Bytes from L2, s = element size: s * N * P * Q * nnzb * (BW + BH / G), G blocks 
 sharing one tile of dy. Bytes from HBM, at least: s * (N * P * Q * C_out + N * H * W * C_in + nnzb *
 BH * BW); when the sum over pixels is cut into S > 1 parts, 8 * S * nnzb * BH * BW more.
 
-The linear sampled product with a shift of x for each lane: one program makes up to G neighbouring
-blocks of one block row, whose taps are fixed for the whole sum. It walks the output pixels and
-counts their image, row and column up, as dividing would cost more than the product. Parts are
-summed in order by a second pass: no atomics.
+The linear sampled product (`bsr_sddmm`: groups, parts, epilogue) with a shift of x for each lane:
+one program makes up to G neighbouring blocks of one block row, whose taps are fixed for the whole
+sum. It walks the output pixels and counts their row, their column and the input pixel they meet up,
+as dividing would cost more than the product. Pixels of dy and x are evenly spaced: each needs one
+number for its address. Other images are copied, which costs twice their bytes.
 """
 
 # triton decorates without types
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 import triton.language as tl
 
 from . import plans
-from .bsr_sddmm import _group_of_program
+from .groups import clear, group_of_program, store_sums
 from .launch import (
     arch_class,
     compute_kind,
@@ -32,32 +33,40 @@ from .launch import (
     in_dtype,
     input_precision,
     is_interpreted,
+    load_unit,
+    most_groups,
     output_dtype,
-    splits,
+    parts_of_sum,
+    usual_groups,
 )
-from .pixels import FAR, advance, inside, pixel
+from .parts import add_parts
+from .pixels import FAR, below, pixel, walk
 from .tables import find
 from .window import (
     Window,
-    channels_adjacent,
-    has_adjacent_channels,
+    has_pixel_rows,
     images_at_once,
+    pixel_rows,
+    pixel_stride,
     window_options,
 )
 
 __all__ = ["bsr_conv2d_wgrad"]
 
 
-# a new batch or image size must not mean a new compilation
-@triton.jit(do_not_specialize=["M", "N", "H", "W", "P", "Q", "R", "RB", "CB", "span"])
+# a new batch or image size must not mean a new compilation, nor new channels: UNIT divides strides
+@triton.jit(
+    do_not_specialize=[
+        "M", "H", "W", "P", "Q", "R", "RB", "CB", "Cg", "Cog", "span", "sym", "sxm",
+    ]
+)  # fmt: skip
 def _bsr_conv2d_wgrad_kernel(
-    dy_ptr,  # (N, P, Q, C_out), strides syn, syh, syw, 1
-    x_ptr,  # (N, H, W, C_in), strides sxn, sxh, sxw, 1
+    dy_ptr,  # (N, P, Q, groups, Cog rounded up to UNIT), UNIT * sym from pixel to pixel
+    x_ptr,  # (N, H, W, groups, Cg rounded up to UNIT), UNIT * sxm from pixel to pixel
     crow_ptr,  # (R + 1,) int32
     col_ptr,  # (nnzb,) int32
     dw_ptr,  # (S, nnzb, BH, BW), contiguous: one part for each tl.program_id(1)
     M,  # output pixels of all images
-    N,
     H,
     W,
     P,
@@ -69,12 +78,9 @@ def _bsr_conv2d_wgrad_kernel(
     Cog,  # its output channels
     span,  # pixels of one part, a multiple of BM
     part,  # nnzb * BH * BW
-    syn,
-    syh,
-    syw,
-    sxn,
-    sxh,
-    sxw,
+    sym,
+    sxm,
+    UNIT: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
@@ -90,7 +96,7 @@ def _bsr_conv2d_wgrad_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    row, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), R, G)
+    row, lo, hi = group_of_program(crow_ptr, tl.program_id(0), R, G)
     if lo < hi:
         g = row // RB
         lane = tl.arange(0, G * BW)
@@ -103,47 +109,52 @@ def _bsr_conv2d_wgrad_kernel(
             c = tl.where(lane // BW == u, tl.load(col_ptr + lo + u, mask=lo + u < hi, other=0), c)
         tap = c // CB
         ch = tl.max_contiguous(tl.multiple_of((c - tap * CB) * BW + j, BW), BW)
-        c_in = (ch < Cg) & (t < hi)
+        width = tl.cdiv(Cg, UNIT) * UNIT
         h = tap // KW * DH - PH
-        w = (tap % KW * DW - PW)[None, :]
-        x_lane = x_ptr + g * Cg + h.to(tl.int64) * sxh + ch
-        x_lane = x_lane[None, :] + w.to(tl.int64) * sxw
-        h = tl.where(c_in, h, FAR)[None, :]  # lanes of no channel read nothing
+        w = tap % KW * DW - PW
+        x_lane = x_ptr + g * width + (h * W + w).to(tl.int64) * sxm * UNIT + ch
+        # lanes of no channel read nothing
+        h = tl.where((ch < width) & (t < hi), h, FAR)
         i = tl.arange(0, BH)
         o = row % RB * BH + i
-        dy_lane = dy_ptr + (g * Cog + o)[None, :]
+        o_width = tl.cdiv(Cog, UNIT) * UNIT
         first = tl.program_id(1) * span
-        n, p, q = pixel(first + tl.arange(0, BM), P * Q, Q)
+        left = min(first + span, M) - first
+        m = tl.arange(0, BM)
+        dy_at = dy_ptr + (first + m).to(tl.int64)[:, None] * sym * UNIT + (g * o_width + o)[None, :]
+        dy_step = sym.to(tl.int64) * (UNIT * BM)
+        n, p, q = pixel(first + m, P * Q, Q)
+        at = (n * H + p * SH) * W + q * SW  # of the input pixels that the first tap would meet
         dp = BM // Q
+        dq = BM - dp * Q
         dn = dp // P
         dp -= dn * P
-        dq = BM % Q
+        ahead = (dn * H + dp * SH) * W + dq * SW
+        next_row = SH * W - SW * Q
+        next_image = (H - SH * P) * W
         acc = tl.zeros([G * BW, BH], dtype=tl.float32)
-        for _ in range(first, min(first + span, M), BM):
-            live = n < N
+        for m0 in range(0, left, BM):
+            live = m < left - m0
+            dy = tl.load(dy_at, mask=live[:, None] & (o < o_width)[None, :], other=0.0)
+            dy_at += dy_step
             top = tl.where(live, p * SH, FAR)[:, None]  # pixels beyond the last read nothing
-            image = n.to(tl.int64)[:, None]
-            at = image * syn + p.to(tl.int64)[:, None] * syh + q.to(tl.int64)[:, None] * syw
-            dy = tl.load(
-                dy_lane + at,
-                mask=live[:, None] & (o < Cog)[None, :],
+            x = tl.load(
+                x_lane[None, :] + at.to(tl.int64)[:, None] * sxm * UNIT,
+                mask=below(h[None, :] + top, H) & below(w[None, :] + (q * SW)[:, None], W),
                 other=0.0,
             )
-            left = (q * SW)[:, None]
-            at = image * sxn + (p * SH).to(tl.int64)[:, None] * sxh + left.to(tl.int64) * sxw
-            x = tl.load(x_lane + at, mask=inside(h + top, w + left, H, W), other=0.0)
-            n, p, q = advance(n, p, q, dn, dp, dq, P, Q)
+            p, q, at = walk(p, q, at, dp, dq, ahead, next_row, next_image, P, Q)
             if INTERPRET:  # the interpreter multiplies the bit patterns of bf16
                 dy = dy.to(tl.float32)
                 x = x.to(tl.float32)
             acc = tl.dot(tl.trans(x), dy, acc, input_precision=PRECISION)
-        # padding is zero by decree: masked zeros times an infinity would not be
-        acc = tl.where(c_in[:, None] & (o < Cog)[None, :], acc, 0.0)
         slot = tl.program_id(1).to(tl.int64) * part + t.to(tl.int64) * (BH * BW)
         dw = dw_ptr + (slot + j)[:, None] + (i * BW)[None, :]
-        if ADD:
-            acc += tl.load(dw, mask=(t < hi)[:, None], other=0.0).to(tl.float32)
-        tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=(t < hi)[:, None])
+        mine = (t < hi)[:, None]
+        store_sums(dw, acc, mine, ADD)
+        if (Cg % BW != 0) | (Cog % BH != 0):
+            tl.debug_barrier()  # threads clear what others have stored
+            clear(dw, mine & ((ch >= Cg)[:, None] | (o >= Cog)[None, :]))
 
 
 def bsr_conv2d_wgrad(
@@ -157,8 +168,8 @@ def bsr_conv2d_wgrad(
     """Gradient of `conv2d` with respect to the active blocks of its weight.
 
     Args:
-        dy: (N, C_out, P, Q), any strides; fp32, fp16 or bf16. Read as it lies if the channels of a
-            pixel are side by side, else copied into that layout, some images at a time.
+        dy: (N, C_out, P, Q), any strides; fp32, fp16 or bf16. Read as it lies if `has_pixel_rows`,
+            else copied, some images at a time.
         x: (N, C_in, H, W), dy's dtype, read likewise.
         crow: (block rows + 1,) int32.
         col: (nnzb,) int32 block columns.
@@ -173,54 +184,75 @@ def bsr_conv2d_wgrad(
     _, n_in, H, W = x.shape
     (bh, bw), groups = block, window.groups
     plan = plans.find(_bsr_conv2d_wgrad_kernel, x, _key(dy, x, crow, col, block, window))
-    cut = plan.decide(_options, x, block, window)
-    copied = sum(0 if has_adjacent_channels(a) else a.shape[1:].numel() for a in (dy, x))
-    step = images_at_once(batch, copied=copied)
-    R, M = crow.numel() - 1, step * P * Q
-    programs = col.numel() // cut["G"] + R
-    parts = splits(arch_class(x.device), programs, triton.cdiv(M, cut["BM"]))
+    cut: _Cut = plan.decide(_cut, dy, x, crow, col, block, window)
     # rounded once: after the last images and part
-    whole = parts == 1 and step >= batch
-    dtype = output_dtype(x.dtype, _bsr_conv2d_wgrad_kernel) if whole else torch.float32
-    dw = empty(x, parts, col.numel(), *block, dtype=dtype)
+    whole = cut.step >= batch
+    dtype = output_dtype(x.dtype, _bsr_conv2d_wgrad_kernel)
+    dw = empty(x, col.numel(), *block, dtype=dtype if whole or cut.parts > 1 else torch.float32)
     if dw.numel() == 0 or dy.numel() == 0:
-        return in_dtype(dw[0].zero_(), x.dtype)
-    span = triton.cdiv(triton.cdiv(M, parts), cut["BM"]) * cut["BM"]
-    sizes = {"H": H, "W": W, "P": P, "Q": Q, "R": R, "span": span, "part": dw[0].numel()}
+        return in_dtype(dw.zero_(), x.dtype)
+    sums = dw if cut.parts == 1 else empty(x, cut.parts, *dw.shape, dtype=torch.float32)
+    sizes = {"H": H, "W": W, "P": P, "Q": Q, "R": crow.numel() - 1, "part": dw.numel()}
     sizes |= {"RB": triton.cdiv(n_out // groups, bh), "CB": triton.cdiv(n_in // groups, bw)}
     sizes |= {"Cg": n_in // groups, "Cog": n_out // groups}
-    for first in range(0, batch, step):
-        dys, xs = (channels_adjacent(a[first : first + step]) for a in (dy, x))
-        tensors = dys, xs, crow, col, dw
+    unit = load_unit(x.dtype)
+    for first in range(0, batch, cut.step):
+        dys, xs = (pixel_rows(a[first : first + cut.step], groups) for a in (dy, x))
+        images = min(cut.step, batch - first)
+        tensors = dys, xs, crow, col, sums
         ADD = first > 0
-        variant = len(xs), ADD, dtype, parts
-        ordinary_kernel = plan.start(_bsr_conv2d_wgrad_kernel, tensors, variant)
-        if ordinary_kernel is not None:
+        kernel = plan.start(_bsr_conv2d_wgrad_kernel, tensors, (images, ADD, sums.dtype))
+        if kernel is not None:
             with torch.cuda.device_of(x):
-                ordinary_kernel[programs, parts](
+                kernel[cut.programs, cut.parts](
                     *tensors,
-                    M=len(xs) * P * Q,
-                    N=len(xs),
-                    **{f"sy{name}": dys.stride(dim) for name, dim in _STRIDES},
-                    **{f"sx{name}": xs.stride(dim) for name, dim in _STRIDES},
+                    M=images * P * Q,
+                    span=cut.span,
+                    sym=cast("int", pixel_stride(dys)) // unit,
+                    sxm=cast("int", pixel_stride(xs)) // unit,
                     ADD=ADD,
                     **sizes,
-                    **cut,
+                    **cut.options,
                 )
-    return in_dtype(dw[0] if parts == 1 else dw.sum(0), x.dtype)
+    if cut.parts > 1:
+        add_parts(plan, sums, dw, ADD=False)
+    return in_dtype(dw, x.dtype)
 
 
-_STRIDES = ("n", 0), ("h", 2), ("w", 3)
+class _Cut(NamedTuple):
+    """How a product is cut: images of a launch, its grid, and the options of the kernel."""
+
+    step: int
+    programs: int
+    parts: int
+    span: int
+    options: dict[str, Any]
 
 
-def _options(x: torch.Tensor, block: tuple[int, int], window: Window) -> dict[str, Any]:
+def _cut(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    block: tuple[int, int],
+    window: Window,
+) -> _Cut:
+    (bh, bw), nnzb, R = block, col.numel(), crow.numel() - 1
     kind = compute_kind(x.dtype)
     tile, _ = find(arch_class(x.device), "conv2d_wgrad", kind, max(block), "any", tma=False)
-    return {
-        "BH": block[0],
-        "BW": block[1],
+    G = max(1, tile.LANES // bw)
+    copied = sum(0 if has_pixel_rows(a, window.groups) else a.shape[1:].numel() for a in (dy, x))
+    # the kernel counts input pixels in 32 bits
+    step = min(images_at_once(len(x), copied=copied), (2**31 - 1) // max(1, x.shape[2:].numel()))
+    steps = triton.cdiv(step * dy.shape[2:].numel(), tile.BM)
+    loads = (bh + G * bw) * tile.BM * x.element_size()
+    parts = parts_of_sum(x.device, usual_groups(nnzb, R, G), steps, loads, nnzb * bh * bw)
+    options = {
+        "UNIT": load_unit(x.dtype),
+        "BH": bh,
+        "BW": bw,
         "BM": tile.BM,
-        "G": max(1, tile.LANES // block[1]),
+        "G": G,
         "PRECISION": input_precision(x.dtype),
         "INTERPRET": is_interpreted(_bsr_conv2d_wgrad_kernel),
         "num_warps": tile.num_warps,
@@ -228,6 +260,8 @@ def _options(x: torch.Tensor, block: tuple[int, int], window: Window) -> dict[st
         "enable_fp_fusion": True,
         **window_options(window),
     }
+    span = triton.cdiv(steps, parts) * tile.BM
+    return _Cut(step, most_groups(nnzb, R, G), parts, span, options)
 
 
 def _key(
@@ -241,4 +275,5 @@ def _key(
     """All that a product's launches depend on, the images of each apart."""
     operands = dy.shape, dy.stride(), dy.dtype, x.shape, x.stride(), x.dtype
     held = crow.numel(), col.numel(), block, window
-    return "bsr_conv2d_wgrad", *operands, *held, input_precision(x.dtype)
+    aligned = dy.data_ptr() % 16 == 0, x.data_ptr() % 16 == 0
+    return "bsr_conv2d_wgrad", *operands, *held, input_precision(x.dtype), *aligned

@@ -20,7 +20,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import arch_class, compute_kind, input_precision, is_interpreted, tma_fits
+from .launch import (
+    aligned_rows,
+    arch_class,
+    compute_kind,
+    input_precision,
+    is_interpreted,
+    load_unit,
+    tma_fits,
+)
 from .tables import find
 
 __all__ = ["NORMS", "bsr_grow"]
@@ -30,10 +38,10 @@ NORMS = ("l1", "l2", "max")
 _GROUP = 8  # tiles of rows walked together
 
 
-@triton.jit(do_not_specialize=["M", "R", "C"])
+@triton.jit(do_not_specialize=["M", "N", "K", "R", "C", "sym", "sxm"])
 def _bsr_grow_kernel(
-    dy,  # (M, N): pointer with strides sym, syn, or descriptor with tiles of (BM, TN)
-    x,  # (M, K): pointer with strides sxm, sxk, or descriptor with tiles of (BM, TK)
+    dy,  # (M, N): pointer with strides UNIT * sym, 1, or descriptor with tiles of (BM, TN)
+    x,  # (M, K): pointer with strides UNIT * sxm, 1, or descriptor with tiles of (BM, TK)
     scores_ptr,  # (R, C) fp32
     M,
     N,
@@ -41,9 +49,8 @@ def _bsr_grow_kernel(
     R,  # block rows
     C,  # block columns
     sym,
-    syn,
     sxm,
-    sxk,
+    UNIT: tl.constexpr,  # rows are of whole units, whatever N and K are
     BH: tl.constexpr,
     BW: tl.constexpr,
     TN: tl.constexpr,
@@ -72,13 +79,13 @@ def _bsr_grow_kernel(
         else:
             m = m0 + tl.arange(0, BM).to(tl.int64)
             a = tl.load(
-                dy + m[:, None] * sym + n[None, :] * syn,
-                mask=(m < M)[:, None] & (n < N)[None, :],
+                dy + m[:, None] * UNIT * sym + n[None, :],
+                mask=(m < M)[:, None] & (n < tl.cdiv(N, UNIT) * UNIT)[None, :],
                 other=0.0,
             )
             b = tl.load(
-                x + m[:, None] * sxm + k[None, :] * sxk,
-                mask=(m < M)[:, None] & (k < K)[None, :],
+                x + m[:, None] * UNIT * sxm + k[None, :],
+                mask=(m < M)[:, None] & (k < tl.cdiv(K, UNIT) * UNIT)[None, :],
                 other=0.0,
             )
         if INTERPRET:  # the interpreter multiplies the bit patterns of bf16
@@ -120,6 +127,7 @@ def bsr_grow(
     R, C = triton.cdiv(N, bh), triton.cdiv(K, bw)
     if M == 0 or R * C == 0:
         return x.new_zeros(R, C, dtype=torch.float32)
+    dy, x = aligned_rows(dy), aligned_rows(x)
     tile, tma = find(
         arch_class(x.device), "grow", compute_kind(x.dtype), "any", "any", tma=tma_fits(dy, x)
     )
@@ -139,8 +147,9 @@ def bsr_grow(
             K,
             R,
             C,
-            *dy.stride(),
-            *x.stride(),
+            dy.stride(0) // load_unit(x.dtype),
+            x.stride(0) // load_unit(x.dtype),
+            UNIT=load_unit(x.dtype),
             BH=bh,
             BW=bw,
             TN=tile.TN,

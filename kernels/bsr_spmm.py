@@ -14,10 +14,11 @@ together, so that programs in flight share x and w in L2 and end at about the sa
 iteration's index is loaded an iteration ahead: an index loaded where it is used would halve the
 depth of the pipeline.
 
-Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape and stride, blocks narrower than
+Two kernels: `_bsr_spmm_kernel` loads through pointers, any shape, blocks narrower than
 BK gathered several to an iteration; `_bsr_spmm_tma_kernel` loads and stores tiles through tensor
-descriptors and serves aligned operands on GPUs that have them. A third, which holds activations in
-shared memory, is in `bsr_spmm_resident` and runs where a launch table asks for it.
+descriptors and serves aligned operands on GPUs that have them. Two more run where a launch table
+asks for them: `bsr_spmm_persistent`, whose programs stay, and `bsr_spmm_resident`, which holds
+activations in shared memory.
 """
 
 # triton decorates without types
@@ -30,19 +31,23 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import plans
+from . import optional, plans
 from .launch import (
+    aligned_rows,
     arch_class,
     compute_kind,
     empty,
+    has_aligned_rows,
     in_dtype,
     input_precision,
     is_interpreted,
+    load_unit,
     output_dtype,
     rows_class,
     tma_fits,
+    unit_of,
 )
-from .tables import SpmmConfig, find, optional
+from .tables import SpmmConfig, find
 
 __all__ = ["bsr_spmm", "bsr_spmm_t"]
 
@@ -71,10 +76,11 @@ def _finish(acc, bias_ptr, n, N, sb, HAS_BIAS: tl.constexpr, RELU: tl.constexpr)
     return acc
 
 
-# a new number of tokens must not mean a new compilation
-@triton.jit(do_not_specialize=["M", "R"])
+# a new number of tokens must not mean a new compilation; of sizes and strides, units say what
+# divides them, so that copies to shared memory are 16 bytes wide
+@triton.jit(do_not_specialize=["M", "K", "N", "R", "sxm"])
 def _bsr_spmm_kernel(
-    x_ptr,  # (M, K), strides sxm, sxk
+    x_ptr,  # (M, K), strides UNIT * sxm, 1; zeros from K up to the next multiple of UNIT
     w_ptr,  # (nnzb, IN, OUT) read through the strides that TRANS sets
     start_ptr,  # (R + 1,) int32: crow, or ccol
     index_ptr,  # (nnzb,) int32: col, or row
@@ -87,8 +93,10 @@ def _bsr_spmm_kernel(
     N,
     R,  # block rows of the output
     sxm,
-    sxk,
     sb,
+    UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,  # divides K: UNIT or 1
+    N_UNIT: tl.constexpr,  # divides N
     IN: tl.constexpr,
     OUT: tl.constexpr,
     BM: tl.constexpr,
@@ -107,7 +115,9 @@ def _bsr_spmm_kernel(
     lane = tl.arange(0, BK)
     lo = tl.load(start_ptr + r)
     hi = tl.load(start_ptr + r + 1)
-    x_row = x_ptr + m[:, None] * sxm
+    x_row = x_ptr + m[:, None] * UNIT * sxm
+    width = tl.cdiv(K, UNIT) * UNIT
+    N = tl.cdiv(N, N_UNIT) * N_UNIT
     # w[slot][BH][BW]: the sum runs along BW forward, along BH transposed
     w_out = w_ptr + (o if TRANS else o * IN)[None, :]
     t = lo + lane // IN  # [BK] place of each lane's block in this row's list
@@ -118,12 +128,16 @@ def _bsr_spmm_kernel(
         inner = (k + lane) % IN
         kk = c.to(tl.int64) * IN + inner
         kk = tl.max_contiguous(tl.multiple_of(kk, min(IN, BK)), min(IN, BK))
-        keep = (kk < K) & (t < hi)
-        x = tl.load(x_row + kk[None, :] * sxk, mask=(m < M)[:, None] & keep[None, :], other=0.0)
+        keep = (kk < width) & (t < hi)
+        x = tl.load(x_row + kk[None, :], mask=(m < M)[:, None] & keep[None, :], other=0.0)
         w_in = s.to(tl.int64) * (IN * OUT) + inner * (OUT if TRANS else 1)
         if not TRANS:
             w_in = tl.max_contiguous(tl.multiple_of(w_in, min(IN, BK)), min(IN, BK))
+        if TRANS:
+            keep = keep & (kk < K)
         w = tl.load(w_out + w_in[:, None], mask=keep[:, None], other=0.0)
+        if K_UNIT == 1 and not TRANS:  # a mask that no unit divides would be one of single elements
+            w = tl.where((kk < K)[:, None], w, 0.0)
         t = lo + (k + BK + lane) // IN
         c = tl.load(index_ptr + t, mask=t < hi, other=0)
         s = tl.load(perm_ptr + t, mask=t < hi, other=0) if TRANS else t
@@ -262,8 +276,10 @@ class _Cut(NamedTuple):
 
     grid: tuple[int]
     tile: SpmmConfig
+    copied: bool  # x, into aligned rows
     tma: bool
     ring_kb: int | None  # shared memory for weights in the kernel that holds activations
+    stages: int | None  # of the kernel whose programs stay
     options: dict[str, Any]
 
 
@@ -283,15 +299,21 @@ def _launch(
     plan = plans.find(_bsr_spmm_kernel, x, _key(given))
     cut: _Cut = plan.decide(_cut, given)
     if cut.ring_kb is not None:
-        return _launch_resident(x, values, side, bias, n_out, cut.ring_kb)
+        return optional.launch_held(x, values, side, bias, n_out, cut.ring_kb)
     start, inner, perm, order = side
     indices = start, inner, inner if perm is None else perm, order
-    tensors = x, values, *indices, x if bias is None else bias, y
-    kernel = plan.start(_bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel, tensors)
+    rows = aligned_rows(x) if cut.copied else x
+    tensors = rows, values, *indices, rows if bias is None else bias, y
+    kernel = plan.start(_kernel_of(cut), tensors)
     if kernel is not None:
         sb = 0 if bias is None else bias.stride(0)
         with torch.cuda.device_of(x):
-            (_launch_tma if cut.tma else _launch_pointer)(kernel, tensors, cut, sb)
+            if cut.stages is not None:
+                optional.launch_stages(kernel, tensors, cut.options, cut.stages, sb)
+            elif cut.tma:
+                _launch_tma(kernel, tensors, cut, sb)
+            else:
+                _launch_pointer(kernel, tensors, x.shape[1], cut, sb)
     return in_dtype(y, x.dtype)
 
 
@@ -300,7 +322,8 @@ def _key(given: _Given) -> tuple[Any, ...]:
     x, values, side, bias, y, relu = given
     held = values.shape, values.dtype, y.shape, side.start.numel(), side.perm is None
     added = None if bias is None else (bias.stride(0), bias.dtype)
-    aligned = (x.data_ptr() | values.data_ptr() | y.data_ptr()) % 16 == 0
+    # the others' alignment decides about descriptors, that of x about a copy
+    aligned = x.data_ptr() % 16 == 0, (values.data_ptr() | y.data_ptr()) % 16 == 0
     how = added, relu, input_precision(x.dtype), aligned
     return "bsr_spmm", x.shape, x.stride(), x.dtype, *held, *how
 
@@ -308,6 +331,7 @@ def _key(given: _Given) -> tuple[Any, ...]:
 def _cut(given: _Given) -> _Cut:
     x, values, side, bias, y, relu = given
     (nnzb, bh, bw), R = values.shape, side.start.numel() - 1
+    copied = not has_aligned_rows(x)
     op, reduce, out = ("spmm", bw, bh) if side.perm is None else ("spmm_t", bh, bw)
     tile, tma = find(
         arch_class(x.device),
@@ -318,7 +342,8 @@ def _cut(given: _Given) -> _Cut:
         # a ragged last block would need its padding masked, which descriptors cannot do for w
         tma=x.shape[1] % reduce == 0
         and reduce * x.element_size() >= _TMA_ROW_BYTES
-        and tma_fits(x, values.view(-1, bw), y),
+        and tma_fits(values.view(-1, bw), y)
+        and (copied or tma_fits(x)),
     )
     options = {
         "IN": reduce,
@@ -335,46 +360,27 @@ def _cut(given: _Given) -> _Cut:
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-    ring_kb = _ring_kb(x, values, side.perm is not None, relu)
-    return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, tma, ring_kb, options)
+    trans, compiled = side.perm is not None, not is_interpreted(_bsr_spmm_kernel)
+    ring_kb = optional.held_ring(x, values, trans, relu) if compiled else None
+    stages = optional.stages(x, values, y, trans) if compiled else None
+    return _Cut((triton.cdiv(len(x), tile.BM) * R,), tile, copied, tma, ring_kb, stages, options)
 
 
-def _ring_kb(x: torch.Tensor, values: torch.Tensor, trans: bool, relu: bool) -> int | None:
-    """Shared memory of the kernel that holds activations, if a table asks for it and it fits."""
-    arch, op = arch_class(x.device), "spmm_t_resident" if trans else "spmm_resident"
-    _, bh, bw = values.shape
-    entry = optional(arch, op, compute_kind(x.dtype), max(bh, bw))
-    if entry is None or relu or is_interpreted(_bsr_spmm_kernel):
-        return None
-    from .bsr_spmm_resident import resident_fits  # noqa: PLC0415  Gluon is heavy, seldom needed
-
-    fits = resident_fits(arch, x.dtype, (bh, bw), x.shape[1], trans, entry.RING_KB)
-    return int(entry.RING_KB) if fits else None
-
-
-def _launch_resident(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    side: _Side,
-    bias: torch.Tensor | None,
-    n_out: int,
-    ring_kb: int,
-) -> torch.Tensor:
-    from . import bsr_spmm_resident as resident  # noqa: PLC0415  likewise
-
-    start, inner, perm, _ = side
-    if perm is None:
-        return resident.bsr_spmm_resident(x, values, start, inner, bias, n_out, ring_kb=ring_kb)
-    return resident.bsr_spmm_t_resident(x, values, start, inner, perm, n_out, ring_kb=ring_kb)
+def _kernel_of(cut: _Cut) -> Any:
+    if cut.stages is not None:
+        return optional.persistent_kernel()
+    return _bsr_spmm_tma_kernel if cut.tma else _bsr_spmm_kernel
 
 
 def _launch_pointer(
-    pointer_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, sb: int
+    pointer_kernel: Any, tensors: tuple[torch.Tensor, ...], K: int, cut: _Cut, sb: int
 ) -> None:
     x, _, start, *_, y = tensors
-    sizes = {"M": x.shape[0], "K": x.shape[1], "N": y.shape[1], "R": start.numel() - 1}
-    sizes |= {"sxm": x.stride(0), "sxk": x.stride(1), "sb": sb}
-    pointer_kernel[cut.grid](*tensors, **sizes, **cut.options)
+    N, unit = y.shape[1], load_unit(x.dtype)
+    sizes = {"M": x.shape[0], "K": K, "N": N, "R": start.numel() - 1}
+    sizes |= {"sxm": x.stride(0) // unit, "sb": sb}
+    units = {"UNIT": unit, "K_UNIT": unit_of(K, x.dtype), "N_UNIT": unit_of(N, x.dtype)}
+    pointer_kernel[cut.grid](*tensors, **sizes, **units, **cut.options)
 
 
 def _launch_tma(tma_kernel: Any, tensors: tuple[torch.Tensor, ...], cut: _Cut, sb: int) -> None:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import plans
-from .bsr_sddmm import _group_of_program
+from .groups import slots_of_program
 from .launch import arch_class, empty, in_dtype, input_precision, output_dtype, splits
 from .pixels import advance, inside, pixel
 from .window import (
@@ -75,7 +75,7 @@ def _csr_conv2d_wgrad_kernel(
     BN: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    o, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), C_out, BN)
+    o, lo, hi = slots_of_program(crow_ptr, tl.program_id(0), C_out, BN)
     if lo < hi:
         t = lo + tl.arange(0, BN)
         live = t < hi

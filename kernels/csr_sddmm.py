@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import plans
-from .bsr_sddmm import _group_of_program
+from .groups import slots_of_program
 from .launch import (
     arch_class,
     compute_kind,
@@ -59,7 +59,7 @@ def _csr_sddmm_kernel(
     BN: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    r, lo, hi = _group_of_program(crow_ptr, tl.program_id(0), N, BN)
+    r, lo, hi = slots_of_program(crow_ptr, tl.program_id(0), N, BN)
     if lo < hi:
         t = lo + tl.arange(0, BN)
         live = t < hi

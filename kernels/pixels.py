@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["FAR", "advance", "both", "inside", "phase", "pixel", "tile_of_program"]
+__all__ = ["FAR", "advance", "below", "both", "inside", "phase", "pixel", "tile_of_program", "walk"]
 
 # a row so far above the image that no tap reaches it
 FAR = tl.constexpr(-(2**30))
@@ -46,6 +46,12 @@ def inside(h, w, H, W):
 
 
 @triton.jit
+def below(i, size):
+    """Whether 0 <= i < size, in one comparison."""
+    return i.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
 def both(lanes, live, INTERPRET: tl.constexpr):
     """`lanes & live`, whose second part may be a scalar, which the interpreter makes an integer."""
     if INTERPRET:  # noqa: SIM108  two branches of which one is compiled
@@ -65,3 +71,17 @@ def advance(n, p, q, dn, dp, dq, P, Q):
     carry = (p >= P).to(tl.int32)
     p -= carry * P
     return n + dn + carry, p, q
+
+
+@triton.jit
+def walk(p, q, at, dp, dq, ahead, next_row, next_image, P, Q):
+    """Rows and columns of pixels (dp, dq) further on, and numbers that go along with them.
+
+    `at` grows by `ahead`, by `next_row` where a row ends and by `next_image` where an image does.
+    """
+    full = q + dq >= Q
+    q = tl.where(full, q + dq - Q, q + dq)
+    p = tl.where(full, p + dp + 1, p + dp)
+    at = tl.where(full, at + ahead + next_row, at + ahead)
+    full = p >= P
+    return tl.where(full, p - P, p), q, tl.where(full, at + next_image, at)

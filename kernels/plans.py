@@ -223,7 +223,7 @@ def _arguments(compiled: Any, values: list[Any], pointers: list[int]) -> Any:
     boxes: list[tuple[int, int, tuple[Any, ...]]] = []
     layouts = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     for place, value in enumerate(values):
-        base = value.base if isinstance(value, TensorDescriptor) else value
+        base = value.base if _is_descriptor(value) else value
         if (place < len(pointers)) != isinstance(base, torch.Tensor):
             return None
         if base is not value:
@@ -237,8 +237,13 @@ def _arguments(compiled: Any, values: list[Any], pointers: list[int]) -> Any:
             places.append((len(template), place))
             value = None  # noqa: PLW2901  a plan keeps no tensor
         template.append(value)
-    used = [v.base if isinstance(v, TensorDescriptor) else v for v in values[: len(pointers)]]
+    used = [v.base if _is_descriptor(v) else v for v in values[: len(pointers)]]
     return (template, places, boxes) if [a.data_ptr() for a in used] == pointers else None
+
+
+def _is_descriptor(value: Any) -> bool:
+    """Triton's or Gluon's, which has a class of its own."""
+    return isinstance(value, TensorDescriptor) or type(value).__name__ == TensorDescriptor.__name__
 
 
 def _box(descriptor: TensorDescriptor, layout: dict[str, Any] | None) -> tuple[Any, ...] | None:

@@ -12,8 +12,9 @@ the rest. rows: shape class, "short", "long" or "any". loads: "tma" (tensor desc
 one and its operands allow it.
 
 spmm_resident and spmm_t_resident are optional: an entry sends the products of blocks with that
-larger edge to `bsr_spmm_resident` where it fits. No shipped table has one, as that kernel has not
-been measured.
+larger edge to `bsr_spmm_resident` where it fits. So are spmm_persistent and spmm_t_persistent, by
+the edge of the output, for `bsr_spmm_persistent`. No shipped table has one, as those kernels have
+not been measured.
 
 Nothing is tuned at import or at launch. `sparsekern tune` measures the operations of `CONFIGS` and
 writes a table for one GPU;
@@ -42,6 +43,7 @@ __all__ = [
     "CsrSddmmConfig",
     "GrowConfig",
     "Key",
+    "PersistentConfig",
     "RingConfig",
     "SddmmConfig",
     "SpmmConfig",
@@ -150,6 +152,12 @@ class RingConfig(NamedTuple):
     RING_KB: int
 
 
+class PersistentConfig(NamedTuple):
+    """Steps of the sum that the persistent kernel holds in shared memory, as far as they fit."""
+
+    num_stages: int
+
+
 Config = SpmmConfig | SddmmConfig | GrowConfig | CsrConfig | CsrSddmmConfig
 
 CONFIGS: dict[str, type[Any]] = {
@@ -173,7 +181,12 @@ CONV: dict[str, type[Any]] = {
 }
 """The same for convolutions, where a pixel is a token."""
 
-OPTIONAL: dict[str, type[Any]] = {"spmm_resident": RingConfig, "spmm_t_resident": RingConfig}
+OPTIONAL: dict[str, type[Any]] = {
+    "spmm_resident": RingConfig,
+    "spmm_t_resident": RingConfig,
+    "spmm_persistent": PersistentConfig,
+    "spmm_t_persistent": PersistentConfig,
+}
 """The same for operations that a table may leave out."""
 
 _KNOWN = CONFIGS | CONV | OPTIONAL

@@ -13,19 +13,23 @@ from . import launch
 from .tables import find
 
 __all__ = [
-    "CHANNELS",
     "COLUMNS",
     "Window",
     "block_options",
     "by_images",
     "channels_adjacent",
+    "channels_layout",
     "columns_adjacent",
     "empty_images",
     "entry_options",
     "has_adjacent_channels",
     "has_adjacent_columns",
+    "has_pixel_rows",
     "images_at_once",
     "output_size",
+    "pixel_rows",
+    "pixel_stride",
+    "pixel_strides",
     "wanted_format",
     "window_options",
 ]
@@ -88,6 +92,54 @@ def columns_adjacent(a: torch.Tensor) -> torch.Tensor:
     return a if has_adjacent_columns(a) else a.contiguous()
 
 
+def pixel_stride(a: torch.Tensor) -> int | None:
+    """Elements from one pixel to the next, through rows and images; None if that is no one number.
+
+    Args:
+        a: images, or what `pixel_rows` made of them.
+    """
+    sizes, strides = a.shape, a.stride()
+    if a.dim() == 2:
+        return strides[0]
+    step = None
+    for dim in (3, 2, 0):
+        if sizes[dim] == 1:
+            continue
+        if step is None:
+            step = reach = strides[dim]
+        elif strides[dim] != reach:
+            return None
+        reach *= sizes[dim]
+    return sizes[1] if step is None else step
+
+
+def has_pixel_rows(a: torch.Tensor, groups: int) -> bool:
+    """Whether images are evenly spaced pixels, whose groups of channels are whole 16-byte loads."""
+    unit, step = launch.load_unit(a.dtype), pixel_stride(a)
+    return (
+        a.stride(1) == 1
+        and a.shape[1] // groups % unit == 0
+        and step is not None
+        and step % unit == 0
+        and a.data_ptr() % 16 == 0
+    )
+
+
+def pixel_rows(a: torch.Tensor, groups: int) -> torch.Tensor:
+    """The same images if `has_pixel_rows`, else a copy as (N * H * W, channels).
+
+    In the copy each group of channels is followed by zeros up to the next whole 16-byte load.
+    """
+    if has_pixel_rows(a, groups):
+        return a
+    (N, C, H, W), unit = a.shape, launch.load_unit(a.dtype)
+    channels = C // groups
+    rows = a.new_empty(N, H, W, groups, -(-channels // unit) * unit)
+    rows[..., :channels] = a.permute(0, 2, 3, 1).reshape(N, H, W, groups, channels)
+    rows[..., channels:] = 0
+    return rows.view(N * H * W, -1)
+
+
 def images_at_once(batch: int, *, copied: int) -> int:
     """Images of one launch: all, or so few that `copied` elements of each keep to the bound."""
     if copied == 0:
@@ -103,8 +155,33 @@ class Layout(NamedTuple):
     memory_format: torch.memory_format
 
 
-CHANNELS = Layout(has_adjacent_channels, channels_adjacent, torch.channels_last)
 COLUMNS = Layout(has_adjacent_columns, columns_adjacent, torch.contiguous_format)
+
+
+def channels_layout(groups: int) -> Layout:
+    """How images must lie for the BSR kernels to load 16 bytes at once: see `pixel_rows`."""
+
+    def fits(a: torch.Tensor) -> bool:
+        unit, strides = launch.load_unit(a.dtype), a.stride()
+        return (
+            strides[1] == 1
+            and a.shape[1] // groups % unit == 0
+            and all(strides[dim] % unit == 0 for dim in (0, 2, 3))
+            and a.data_ptr() % 16 == 0
+        )
+
+    def copied(a: torch.Tensor) -> torch.Tensor:
+        return a if fits(a) else pixel_rows(a, groups)
+
+    return Layout(fits, copied, torch.channels_last)
+
+
+def pixel_strides(a: torch.Tensor, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Elements between images, rows and pixels of (H, W) images, or of what `pixel_rows` made."""
+    if a.dim() == 2:
+        step, (H, W) = a.stride(0), size
+        return H * W * step, W * step, step
+    return a.stride(0), a.stride(2), a.stride(3)
 
 
 def by_images(

@@ -7,7 +7,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 """
 
-from sparsekern import ops
+from sparsekern import ops, tickets
 from sparsekern.checkpoint import SavedLayer, load, save
 from sparsekern.errors import (
     AverageError,
@@ -43,6 +43,7 @@ from sparsekern.nn import (
 from sparsekern.planning import Budget, Plan, plan
 from sparsekern.profiling import Report, profile
 from sparsekern.swap import Summary, densify_, sparse_layers, sparsify_, summary
+from sparsekern.tickets import Pruning
 from sparsekern.topology import Topology
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "ModelError",
     "OptimizerError",
     "Plan",
+    "Pruning",
     "RankMismatchError",
     "Report",
     "RigL",
@@ -93,4 +95,5 @@ __all__ = [
     "sparse_layers",
     "sparsify_",
     "summary",
+    "tickets",
 ]

@@ -17,7 +17,9 @@ DELTA, T_END, ALPHA = 4, 16, 0.3
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 5)).double()
+    return nn.Sequential(
+        nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 5)
+    ).double()
 
 
 def batch(i):
@@ -54,7 +56,7 @@ class Reference:
                 new = keep.clone()
                 new[grow.topk(gone).indices] = True
                 new = new.view_as(mask)
-                w *= new & mask  # grown weights start at 0
+                w.mul_(new & mask)  # grown weights start at 0
                 self.optimizer.state[w]["momentum_buffer"] *= new & mask
                 mask.copy_(new)
         self.updates += 1
@@ -76,7 +78,7 @@ def as_reference(pruner, start):
     masks = [layer.mask().clone() for layer in layers.values()]
     with torch.no_grad():
         for w, mask in zip(weights, masks, strict=True):
-            w *= mask
+            w.mul_(mask)
     return Reference(weights, masks, sgd(start))
 
 

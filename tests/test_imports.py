@@ -22,6 +22,7 @@ FLOORS = [
     ("sparsekern.carry", "sparsekern.counters", "sparsekern.distribution"),
     ("sparsekern.swap",),
     ("sparsekern.methods",),
+    ("sparsekern.tickets",),
     ("sparsekern.checkpoint",),
     ("sparsekern.cost",),
     ("sparsekern.profiling", "sparsekern.planning"),

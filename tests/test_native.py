@@ -5,6 +5,7 @@ import torch
 
 from sparsekern import SET, RigL, SparseConv2d, SparseGRU, SparseLinear, Topology, ops
 from sparsekern.methods import update
+from sparsekern.nn.init import sparse_uniform_
 from sparsekern.ops import GrowScores
 from sparsekern.topology import native, sampling, select
 
@@ -210,3 +211,34 @@ def test_training_ends_at_the_same_topology(family, block, method):
 
     with choice.force("jit"):
         expect_equal(both(train))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "block", "groups"), [((40, 30), 1, 1), ((37, 50), (8, 4), 1), ((24, 20), (5, 4), 3)]
+)
+def test_the_first_values_are_the_same(shape, block, groups, dtype):
+    topology = Topology.random(
+        shape, block, sparsity=0.7, groups=groups, generator=torch.Generator().manual_seed(1)
+    )
+
+    def drawn():
+        values = torch.empty(topology.nnzb, *topology.block, dtype=dtype)
+        return [sparse_uniform_(values, topology, generator=torch.Generator().manual_seed(2))]
+
+    expect_equal(both(drawn))
+
+
+def test_what_is_left_out_of_a_large_draw_is_as_likely_everywhere(monkeypatch):
+    monkeypatch.setattr(sampling, "_LARGE", 8)
+    generator = torch.Generator().manual_seed(5)
+    n, total, rounds = 30, 100, 1500
+    seen = torch.zeros(total)
+    for _ in range(rounds):
+        drawn = sampling.sample_sorted(n, total, generator)
+        assert drawn.numel() == n == drawn.unique().numel()
+        seen[drawn] += 1
+    share = n / total
+    # chi-squared with 99 degrees of freedom, counts without replacement: mean 99, deviation 14
+    chi = ((seen - rounds * share) ** 2 / (rounds * share * (1 - share))).sum()
+    assert chi < 99 + 5 * 14.1

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import sparsekern as sk
 from sparsekern import ops
 from sparsekern.errors import (
     ConfigError,
@@ -19,6 +20,7 @@ from sparsekern.errors import (
     UnavailableError,
 )
 from sparsekern.ops import crossover, dispatch, library
+from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.topology import Topology
 
 # (tokens, rows, cols, block, sparsity): 1, primes, block - 1, block + 1, full, nearly empty, empty
@@ -424,6 +426,37 @@ def test_grow_scores_report_a_gradient_that_is_not_finite(bad, active):
 # ---- choice of implementation and bad input
 
 
+@pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")
+@pytest.mark.parametrize(("density", "linear"), [(0.012, "triton"), (0.0125, "dense")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unstructured_layers_on_a_gpu(density, linear, dtype):
+    """Linear ones keep their kernels while they are very sparse, convolutions never do."""
+    cuda = torch.device("cuda")
+    layers = {
+        sk.SparseLinear(400, 400, sparsity=1 - density, dtype=dtype): linear,
+        sk.SparseConv2d(20, 64, 3, sparsity=0.995, dtype=dtype): "dense",
+        sk.SparseConv2d(200, 64, 1, sparsity=0.995, dtype=dtype): "dense",
+        sk.SparseConv1d(20, 64, 3, sparsity=0.995, dtype=dtype): "dense",
+        sk.SparseConv2d(64, 64, 3, sparsity=0.995, block=16, dtype=dtype): "triton",
+    }
+    for layer, name in layers.items():
+        assert layer.impl_on(cuda) == name, layer
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed")
+def test_the_operators_of_a_convolution_choose_as_its_layer_does():
+    topology = Topology.random((8, 36), 1, sparsity=0.99, taps=9)
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1))
+    on_gpu = dispatch.Assumed(None, torch.device("cuda"))
+    x, dy = torch.ones(2, 4, 5, 5), torch.ones(2, 8, 5, 5)
+    values = torch.ones(topology.values_shape)
+    with FakeTensorMode(allow_non_fake_inputs=True), Impls() as impls:
+        ops.conv2d(x, values, topology, geometry, impl=on_gpu)
+        ops.conv2d_dgrad(dy, values, topology, geometry, size=(5, 5), impl=on_gpu)
+        ops.conv2d_wgrad(dy, x, topology, geometry, impl=on_gpu)
+    assert dict(impls.seen) == dict.fromkeys(("conv2d", "conv2d_dgrad", "conv2d_wgrad"), "dense")
+
+
 def test_only_none_chooses():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert ops.resolve(None, cpu, torch.float32, (4, 4)) == "cpu"
@@ -437,6 +470,10 @@ def test_only_none_chooses():
                 found = ops.resolve(None, cuda, torch.float16, (block, block), density)
                 assert found == name
         assert ops.resolve("triton", cuda, torch.float16, (16, 16), 1.0) == "triton"
+        for block, name in (((1, 1), "dense"), ((16, 16), "triton")):
+            found = ops.resolve(None, cuda, torch.float16, block, 1e-3, conv=True)
+            assert found == name
+        assert ops.resolve("triton", cuda, torch.float16, (1, 1), 1e-3, conv=True) == "triton"
     assert ops.resolve(None, cpu, torch.float32, (16, 16), 1.0) == "cpu"
     assert ops.resolve(None, cuda, torch.float64, (16, 16)) == "dense"
     assert ops.resolve(None, cuda, torch.float32, (4, 4)) == "dense"

@@ -95,6 +95,35 @@ def test_on_both_sides_of_the_crossover(block, sparsity, dtype):
             assert (planned[row.name] == planned_dense[row.name]) == (1 - sparsity > limit), row
 
 
+@pytest.mark.parametrize("sparsity", [0.9, 0.995])
+@pytest.mark.parametrize("block", [1, 16])
+def test_unstructured_convolutions_are_dense_on_a_gpu(block, sparsity, dtype):
+    """Whatever their density; in time, in what a profile says runs, and in FLOPs."""
+
+    def wide():
+        return nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), nn.Conv1d(64, 64, 3, bias=False))
+
+    class Flat(nn.Sequential):
+        def forward(self, x):
+            return self[0][1](self[0][0](x).flatten(2))
+
+    def flat():
+        return Flat(wide())
+
+    shape, options = (4, 64, 9, 9), {"blocks": (block,), "distribution": "uniform"}
+    *found, _ = planned_and_profiled(flat, shape, dtype, "cuda", sparsity=sparsity, **options)
+    planned_dense, planned, dense, sparse = found
+    assert (dense, sparse) == (planned_dense, planned)
+    assert set(planned) == {"0.0", "0.1"}
+    for name, seconds in planned.items():
+        assert (seconds == planned_dense[name]) == (block == 1)
+    model, x = on_meta(flat, dtype, shape, grad=False)
+    sk.sparsify_(model, sparsity, block=block, distribution="uniform", filter_fn=lambda *_: True)
+    for row in sk.profile(model, x, device="cuda").layers:
+        assert row.impl == ("dense" if block == 1 else "triton")
+        assert (row.forward_flops == row.forward_flops_dense) == (block == 1)
+
+
 def test_strict_float32_takes_eight_times_as_long():
     """50 TFLOP/s against 400: once `profile` took float32 as tf32 whatever torch was told."""
 

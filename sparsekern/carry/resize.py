@@ -76,14 +76,15 @@ def check_free(layer: SparseLayer, name: str) -> None:
             f"layer {name!r} can't change its number of active blocks: its values are a "
             f"{type(layer.values.data).__name__}, sharded over ranks"
         )
-    for what in _holders(layer):
+    for what in holders(layer):
         raise ConfigError(
             f"layer {name!r} can't change its number of active blocks: {what} counts on the size "
             "of its parameter; resize before wrapping, compiling or capturing"
         )
 
 
-def _holders(layer: SparseLayer) -> Iterator[str]:
+def holders(*layers: nn.Module) -> Iterator[str]:
+    """What counts on the sizes of the parameters of one of these layers: a wrapper and the like."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         yield "the CUDA graph that is being captured"
     for item in gc.get_objects():
@@ -93,7 +94,7 @@ def _holders(layer: SparseLayer) -> Iterator[str]:
         elif (
             issubclass(kind, nn.Module)
             and (held := _size_counts(item))
-            and any(module is layer for module in item.modules())
+            and any(module is layer for module in item.modules() for layer in layers)
         ):
             yield held
 

@@ -51,10 +51,12 @@ def from_masked_(model: nn.Module, *, block: Block = 1, optimizer: Any = None) -
     """
     masks = masks_of(model)
     if not masks:
-        raise ConfigError("`model` has no mask: neither pruning hooks nor parametrizations with one")
+        raise ConfigError(
+            "`model` has no mask: neither pruning hooks nor parametrizations with one"
+        )
     for module in list(model.modules()):
         for name in pruned_tensors(module):
-            prune.remove(module, name)
+            prune.remove(module, name)  # type: ignore[no-untyped-call]
         for name in _parametrized(module):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return sparsify_(model, masks=masks, block=block, optimizer=optimizer)
@@ -91,7 +93,7 @@ def sparsify_torchao_(
         if filter_fn is not None:
             chosen = chosen and filter_fn(module, name)
         if chosen:
-            weight: Tensor = module.weight.detach()  # type: ignore[assignment,operator]
+            weight: Tensor = module.weight.detach()
             masks[name] = Topology.from_mask(weight != 0, size).to_mask()
     return sparsify_(model, masks=masks, block=size, optimizer=optimizer)
 
@@ -108,11 +110,13 @@ def from_scipy(matrix: Any) -> tuple[Topology, Tensor]:
     """
     form = getattr(matrix, "format", None)
     if form not in ("csr", "bsr"):
-        raise DtypeError(f"`matrix` must be CSR or BSR of SciPy; got {form or type(matrix).__name__}")
+        raise DtypeError(
+            f"`matrix` must be CSR or BSR of SciPy; got {form or type(matrix).__name__}"
+        )
     clean = matrix.copy()
     clean.sum_duplicates()  # and sorts
     arrays = [torch.from_numpy(a.copy()) for a in (clean.indptr, clean.indices, clean.data)]
-    make = torch.sparse_csr_tensor if form == "csr" else torch.sparse_bsr_tensor
+    make: Any = torch.sparse_csr_tensor if form == "csr" else torch.sparse_bsr_tensor
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
         tensor = make(*arrays, size=clean.shape, check_invariants=False)

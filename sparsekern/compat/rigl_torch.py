@@ -1,4 +1,4 @@
-"""The scheduler of rigl-torch (github.com/nollied/rigl-torch) over layers that are sparse in memory."""
+"""The scheduler of rigl-torch (github.com/nollied/rigl-torch) over weights sparse in memory."""
 
 from __future__ import annotations
 
@@ -77,11 +77,13 @@ class RigLScheduler:
         told = saved.get("hyperparams", {})
         T_end, delta = told.get("T_end", T_end), told.get("delta_T", delta)
         _check(dense_allocation if state_dict is None else 0.5, T_end, delta, sparsity_distribution)
-        kept = {"optimizer": optimizer, "block": block}
+        kept: dict[str, Any] = {"optimizer": optimizer, "block": block}
         if state_dict is not None:
             sparsify_(model, masks=masks_of_rigl_torch(model, saved["backward_masks"]), **kept)
         else:
-            share = _shares(model, 1 - dense_allocation, sparsity_distribution, ignore_linear_layers)
+            share = _shares(
+                model, 1 - dense_allocation, sparsity_distribution, ignore_linear_layers
+            )
             sparsify_(model, 1 - dense_allocation, **share, init=None, generator=generator, **kept)
         self.model, self.optimizer = model, optimizer
         kind: type[Method] = Static if told.get("static_topo", static_topo) else RigL
@@ -201,4 +203,6 @@ def _check(dense_allocation: float, T_end: object, delta: object, distribution: 
     if type(delta) is not int or delta < 2:
         raise ConfigError(f"`delta` must be an int of at least 2, in calls; got {delta!r}")
     if distribution not in ("uniform", "erk"):
-        raise ConfigError(f"`sparsity_distribution` must be 'uniform' or 'erk'; got {distribution!r}")
+        raise ConfigError(
+            f"`sparsity_distribution` must be 'uniform' or 'erk'; got {distribution!r}"
+        )

@@ -25,14 +25,16 @@ class BreakEven(NamedTuple):
         return f"{self.bound}{self.density:.2g}"
 
 
-def last_that_holds(holds: Callable[[float], bool], low: float, high: float) -> float:
+def last_that_holds(
+    holds: Callable[[float], bool], low: float, high: float, halvings: int = HALVINGS
+) -> float:
     """The largest number up to `high` for which it holds, if it holds up to one and not beyond.
 
     `low` is taken to hold.
     """
     if holds(high):
         return high
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low

@@ -205,8 +205,8 @@ class CudaTimes:
     def _estimate(self, layer: Layer, shares: Sequence[Share | None]) -> Estimate:
         kind = operand_kind(layer.dtype)
         taken = [
-            share if share and covers(share.block) and not dense_wins(kind, *share[::2]) else None
-            for share in shares
+            share if share and _runs_sparse(kind, part, share) else None
+            for part, share in zip(layer.parts, shares, strict=True)
         ]
         return Estimate(self.seconds(layer, taken), taken != list(shares))
 
@@ -217,6 +217,13 @@ class CudaTimes:
         count, problem = _products(layer, use, part, share.block, share.stored / part.size)
         operations = ["forward", *["dx"] * use.dx, *["dw"] * use.dw]
         return count * sum(self.roofline.predict(name, problem).seconds for name in operations)
+
+
+def _runs_sparse(kind: str, part: Part, share: Share) -> bool:
+    """Whether `impl=None` takes a sparse kernel."""
+    block, _, density = share
+    conv = part.weight.parameter.dim() > 2
+    return covers(block) and not dense_wins(kind, block, density, conv=conv)
 
 
 def _products(

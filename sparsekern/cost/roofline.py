@@ -43,6 +43,8 @@ class Device:
         hbm: bytes from and to memory.
         csr_flops: FLOP/s that unstructured products reach on CUDA cores.
         smem_bytes_per_flop: shared memory bytes available per tensor core FLOP in bf16.
+        processors: multiprocessors (SMs) that work.
+        clock: Hz under load.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Device:
     hbm: float
     csr_flops: float
     smem_bytes_per_flop: float = 1 / 32
+    processors: int = 132
+    clock: float = 1.755e9
 
     @property
     def smem(self) -> float:

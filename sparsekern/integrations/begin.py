@@ -12,7 +12,7 @@ from torch import nn
 from sparsekern.carry.wrappers import parameters, unwrapped
 from sparsekern.errors import ConfigError
 from sparsekern.methods import Method
-from sparsekern.methods.loop import attached_to
+from sparsekern.methods.registry import attached_to
 from sparsekern.swap import sparse_layers
 
 

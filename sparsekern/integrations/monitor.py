@@ -47,7 +47,7 @@ class Monitor:
         self._told, self._seen = now, len(history)
         figures = {"sparsity": self._sparsity(), "updates": float(len(history))}
         for what in ("dropped", "grown"):
-            counts = {n: 0 for n in self.method.layers}
+            counts = dict.fromkeys(self.method.layers, 0)
             for record in new:
                 for name, layer in record.layers.items():
                     counts[name] = counts.get(name, 0) + getattr(layer, what)

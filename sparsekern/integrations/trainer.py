@@ -83,9 +83,7 @@ class SparseTraining(TrainerCallback):  # type: ignore[misc]
         else:
             self._unlogged |= news
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add what is not logged yet, of a trainer that is not known."""
         if self._unlogged and logs is not None:
             logs.update(self._unlogged)

@@ -108,11 +108,12 @@ class Method(Loop):
             )
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
-        optimizers = _optimizers(optimizer)
+        optimizers = as_optimizers(optimizer)
         self.layers = _layers_to_train(model, optimizers)
         self._loads = {name: layer._loads for name, layer in self.layers.items()}
         self._held = {name: m.values for name, m in self.trained_layers().items()}
         super().__init__(optimizers, schedule, steps_first, grad_accumulation)
+        self.schedule: UpdateSchedule = schedule
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
         self._ready_layers: frozenset[str] | None = None  # of the update that is being made
@@ -324,7 +325,7 @@ class Method(Loop):
         change(self.layers, decisions, self.optimizers, twins, record)
 
 
-def _optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
+def as_optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
     """The optimizers of one method; raises if a method can't follow one of them."""
     optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
     for optimizer in optimizers:

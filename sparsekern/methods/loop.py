@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,16 +18,17 @@ from sparsekern.methods import progress
 from sparsekern.methods.change import UpdateRecord
 from sparsekern.methods.passes import BackwardPasses
 from sparsekern.methods.progress import Progress
-from sparsekern.methods.schedule import UpdateSchedule
+from sparsekern.methods.registry import attached_to, note
+from sparsekern.methods.schedule import Schedule
 from sparsekern.methods.steps import Arguments, changes_weights, run_closure
 from sparsekern.ops.ranges import ranged
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 PASSES_WITHOUT_STEP = 10
 """Times `grad_accumulation`: so many backward passes without a step are worth a warning."""
-
-_attached: WeakKeyDictionary[torch.optim.Optimizer, WeakSet[Loop]] = WeakKeyDictionary()
 
 
 class Loop:
@@ -44,19 +44,21 @@ class Loop:
     def __init__(
         self,
         optimizers: tuple[torch.optim.Optimizer, ...],
-        schedule: UpdateSchedule,
+        schedule: Schedule,
         step_on_update: bool,
         grad_accumulation: int,
     ) -> None:
-        self.optimizers, self.schedule = optimizers, schedule
+        self.optimizers = optimizers
+        self.schedule: Schedule = schedule
         self.optimizer = optimizers[0]
         self.step_on_update, self.grad_accumulation = step_on_update, grad_accumulation
         self.weight_steps = 0
         self.last_update: int | None = None
         self.history: list[UpdateRecord] = []
-        self.postponed = 0  # batches, of this process, that an update was due on and not made
+        self.postponed = 0  # batches of this process on which a due update was not made
         self._chains = tuple(unwrapped(optimizer) for optimizer in optimizers)
         self._hooks: list[RemovableHandle] = []
+        self._retired = False  # the hooks are left, which can't be removed while they run
         self._passes: BackwardPasses | None = None
         self._outermost: torch.optim.Optimizer | None = None  # whose step is running
         self._stepping: torch.optim.Optimizer | None = None  # the one inside that takes it
@@ -91,6 +93,9 @@ class Loop:
         """The parameters that a backward pass of the model reaches."""
         raise NotImplementedError
 
+    def _weights_moved(self) -> None:
+        """Called after each weight step, before an update that belongs to it."""
+
     def _check_loads(self, with_state: bool) -> None:
         """Called before each step: whether an optimizer's state was loaded since the last one."""
 
@@ -103,7 +108,7 @@ class Loop:
     @property
     def attached(self) -> bool:
         """Whether the optimizers' steps still drive this method."""
-        return bool(self._hooks)
+        return bool(self._hooks) and not self._retired
 
     @property
     def due(self) -> bool:
@@ -124,6 +129,12 @@ class Loop:
             return True
         return not self.step()
 
+    def _retire(self) -> None:
+        """Follow no longer, from inside a hook, where `detach` can't be called."""
+        self._retired = True
+        self._drop_entries()
+        self._stop_counting()
+
     def look_again(self) -> None:
         """A layer has another size now: what was seen of its gradient is of no use any more."""
         self._state_of = None
@@ -135,10 +146,14 @@ class Loop:
             hook.remove()
         self._hooks.clear()
         self._stop_counting()
+        if not self._retired:
+            self._drop_entries()
+        self._watch(False)
+
+    def _drop_entries(self) -> None:
         for chain in self._chains:
             for optimizer in chain:
                 optimizer.param_groups[0].pop(progress.ENTRY, None)
-        self._watch(False)
 
     def state_dict(self) -> dict[str, Any]:
         """Progress of the schedule and history, as plain data; the optimizers' states hold it too.
@@ -188,12 +203,12 @@ class Loop:
 
     def _attach(self) -> None:
         for chain in self._chains:
-            if any(loop.attached for loop in _attached.get(chain[-1], ())):
+            if attached_to(chain[-1]) is not None:
                 raise ConfigError(
                     "the optimizer has a method attached already; detach() that one first"
                 )
         for chain in self._chains:
-            _attached.setdefault(chain[-1], WeakSet()).add(self)
+            note(chain[-1], self)
             self._hook(chain)
         self._passes = BackwardPasses(self._weights(), self._count_pass)
         self._watch(self.due)
@@ -208,12 +223,15 @@ class Loop:
                 continue
             known.append(hooks)
             self._hooks += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-                optimizer.register_state_dict_post_hook(self._save),
-                optimizer.register_load_state_dict_pre_hook(self._check),
-                optimizer.register_load_state_dict_post_hook(self._load),
+                optimizer.register_step_pre_hook(self._live(self._before_step)),
+                optimizer.register_step_post_hook(self._live(self._after_step)),
+                optimizer.register_state_dict_post_hook(self._live(self._save)),
+                optimizer.register_load_state_dict_pre_hook(self._live(self._check)),
+                optimizer.register_load_state_dict_post_hook(self._live(self._load)),
             ]
+
+    def _live(self, hook: Callable[..., T]) -> Callable[..., T | None]:
+        return lambda *args: None if self._retired else hook(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         # hooks belong to one optimizer; a copy hangs its own on the copied one
@@ -272,6 +290,8 @@ class Loop:
         self._moved |= self._moving
         self._publish()
         if len(self._round) == len(self._chains):
+            if self._moved:
+                self._weights_moved()
             if self._moved and self.step_on_update:
                 self._update_if_due()
             self._close_round()
@@ -286,10 +306,9 @@ class Loop:
         self._publish()
 
     def _update_if_due(self) -> bool:
-        if not (self.due and self._takes_part()):
-            return False
-        if not self._ready():
-            self.postponed += 1
+        asked = self.due and self._takes_part()
+        if not (asked and self._ready()):
+            self.postponed += asked
             return False
         self._check_loads(self._state_loaded)  # `step` may be called by hand
         with ranged("update"):
@@ -369,12 +388,6 @@ class Loop:
             type(self).__name__,
             self.weight_steps,
         )
-
-
-def attached_to(optimizer: torch.optim.Optimizer) -> Loop | None:
-    """The method that the steps of an optimizer, or of what it wraps, drive; None if there is none."""
-    found = (loop for inner in unwrapped(optimizer) for loop in _attached.get(inner, ()))
-    return next((loop for loop in found if loop.attached), None)
 
 
 def _zero_gradient(parameter: torch.Tensor) -> None:

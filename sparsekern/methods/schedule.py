@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 from sparsekern.errors import ConfigError, DtypeError
 
@@ -32,6 +33,17 @@ DECAYS: dict[str, Callable[[float], float]] = {
 }
 
 
+class Schedule(Protocol):
+    """What a loop asks a schedule."""
+
+    @property
+    def t_end(self) -> int:
+        """Weight step that nothing happens after."""
+
+    def is_due(self, step: int, last: int | None) -> bool:
+        """Whether an update belongs to weight step `step`; `last` is that of the one before."""
+
+
 @dataclass(frozen=True)
 class UpdateSchedule:
     """When to update, counted in weight steps.
@@ -55,9 +67,9 @@ class UpdateSchedule:
     decay: str = "cosine"
 
     def __post_init__(self) -> None:
-        _check_int("t_end", self.t_end, 1)
-        _check_int("update_freq", self.freq, 1)
-        _check_int("first_update", self.first, 0)
+        check_int("t_end", self.t_end, 1)
+        check_int("update_freq", self.freq, 1)
+        check_int("first_update", self.first, 0)
         if isinstance(self.drop_fraction, bool) or not isinstance(self.drop_fraction, int | float):
             raise DtypeError(f"`drop_fraction` must be a number; got {self.drop_fraction!r}")
         if not 0 < self.drop_fraction <= 1:
@@ -96,13 +108,13 @@ def resolve_end(
             "training such as t_end=0.75 with total_steps=, its number of optimizer steps"
         )
     if total_steps is not None:
-        _check_int("total_steps", total_steps, 1)
+        check_int("total_steps", total_steps, 1)
     if not isinstance(t_end, float):
         if total_steps is not None:
             raise ConfigError(
                 f"`total_steps` goes with a `t_end` that is a float in (0, 1]; got {t_end!r}"
             )
-        _check_int("t_end", t_end, 1)
+        check_int("t_end", t_end, 1)
         return int(t_end)
     t_end = float(t_end)  # NumPy's too
     if not 0 < t_end <= 1:
@@ -132,7 +144,8 @@ def share_in_weight_steps(
     return max(end - updates, last + 1)
 
 
-def _check_int(name: str, value: object, low: int) -> None:
+def check_int(name: str, value: object, low: int) -> None:
+    """Raise `ConfigError` or `DtypeError` unless it is an int of at least `low`."""
     unit = "optimizer steps" if name == "total_steps" else "weight steps"
     if type(value) is not int:
         raise DtypeError(f"`{name}` must be an int, in {unit}; got {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class SparseLayer(HeldTopology):
     """
 
     bias: nn.Parameter | None
+    convolves: ClassVar[bool] = False
 
     def __init__(self, topology: Topology, impl: str | None, dtype: torch.dtype | None) -> None:
         check_impl(impl)
@@ -96,7 +97,8 @@ class SparseLayer(HeldTopology):
         if self.impl == "masked":
             return "masked"
         density = self._held().block_density
-        return resolve(self.impl, device, self.values.dtype, self.block, density)
+        dtype = self.values.dtype
+        return resolve(self.impl, device, dtype, self.block, density, conv=self.convolves)
 
     def mask(self) -> Tensor:
         """Dense bool mask of the active weights, of the shape of `weight`."""

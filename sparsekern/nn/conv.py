@@ -66,6 +66,7 @@ class SparseConv(SparseLayer):
     """
 
     dims: ClassVar[int]
+    convolves = True
     dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d]]
 
     def __init__(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparsekern.topology import Topology
+from sparsekern.topology import Topology, native
 from sparsekern.topology.sampling import check_generator
 
 TORCH_GAIN = math.sqrt(1 / 3)
@@ -33,13 +33,18 @@ def bounds(topology: Topology, gain: float = TORCH_GAIN) -> Tensor:
     The standard deviation is gain / sqrt(fan_in of the neuron), as in Evci et al. 2022, "Gradient
     flow in sparse neural networks", section 3. A neuron without inputs counts as having one.
     """
+    slots = topology.crow.long().diff()
+    per_row = _row_bounds(topology, gain)
+    return per_row.repeat_interleave(slots, 0, output_size=topology.nnzb).unsqueeze(-1)
+
+
+def _row_bounds(topology: Topology, gain: float) -> Tensor:
+    """`bounds` by neuron: (block rows, bh)."""
     grid = topology.grid
     per_row = gain * (3 / fan_in(topology).clamp_(min=1)).sqrt()
     padded = per_row.new_zeros(topology.groups, grid.part_blocks[0] * topology.block[0])
     padded[:, : grid.part[0]] = per_row.view(topology.groups, -1)
-    per_block = padded.view(topology.block_rows, -1)
-    slots = topology.crow.long().diff()
-    return per_block.repeat_interleave(slots, 0, output_size=topology.nnzb).unsqueeze(-1)
+    return padded.view(topology.block_rows, -1)
 
 
 def sparse_uniform_(
@@ -51,7 +56,12 @@ def sparse_uniform_(
     """Fill `values` (nnzb, bh, bw) from U(-b, b), b per neuron from `bounds`; padding gets 0."""
     with torch.no_grad():
         draw_uniform_(values, generator)
-        values.mul_(bounds(topology, gain).to(values.dtype))
+        compiled = native.loops(values.numel(), values, topology.crow)
+        if compiled is None:
+            values.mul_(bounds(topology, gain).to(values.dtype))
+        else:
+            per_row = _row_bounds(topology, gain).to(values.dtype)
+            compiled.scale_rows(values.detach().numpy(), topology.crow.numpy(), per_row.numpy())
         return topology.clear_padding_(values)
 
 

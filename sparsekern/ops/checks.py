@@ -11,11 +11,14 @@ from sparsekern.topology import Topology
 from sparsekern.topology.known import Known
 
 
-def implementation(impl: str | None, like: Tensor, topology: Topology) -> str:
-    """The implementation that runs, from `impl`, device, dtype, block and density."""
+def implementation(
+    impl: str | None, like: Tensor, topology: Topology, *, conv: bool = False
+) -> str:
+    """The implementation that runs, from `impl`, device, dtype, block, density and kind."""
     if impl is None and like.is_cpu:  # what `resolve` says, at once
         return "cpu"
-    return resolve(impl, like.device, like.dtype, topology.block, topology.block_density)
+    block, density = topology.block, topology.block_density
+    return resolve(impl, like.device, like.dtype, block, density, conv=conv)
 
 
 def check_values(values: Tensor, topology: Topology) -> None:

@@ -63,7 +63,7 @@ def conv2d(
         check_image("x", x, _inputs(topology), values)
         check_bias(bias, topology.shape[0], values)
     geometry.output_size(x.shape[2], x.shape[3])
-    name = implementation(impl, values, topology)
+    name = implementation(impl, values, topology, conv=True)
     if known is not None and direct.is_plain(x, values, bias):
         return direct.conv2d(x, values, bias, topology, known, geometry=geometry, impl=name)
     return library.ConvOperators(name).conv2d(x, values, topology, geometry, bias)
@@ -84,7 +84,9 @@ def conv2d_dgrad(
     check_image("dy", dy, topology.shape[0], values)
     check_outputs(dy, geometry, dy.shape[0], size)
     rest = library.conv_parts(topology, geometry, *size)
-    dx: Tensor = library.conv2d_dgrad(dy, values, *rest, implementation(impl, values, topology))
+    dx: Tensor = library.conv2d_dgrad(
+        dy, values, *rest, implementation(impl, values, topology, conv=True)
+    )
     return dx
 
 
@@ -99,7 +101,7 @@ def conv2d_wgrad(
     """Weight gradient of `conv2d` at active blocks only: (nnzb, bh, bw), 0 in the padding."""
     _check_pair(dy, x, topology, geometry)
     rest = library.conv_parts(topology, geometry, *x.shape[2:])
-    dw: Tensor = library.conv2d_wgrad(dy, x, *rest, implementation(impl, x, topology))
+    dw: Tensor = library.conv2d_wgrad(dy, x, *rest, implementation(impl, x, topology, conv=True))
     return dw
 
 

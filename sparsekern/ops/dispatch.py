@@ -133,12 +133,14 @@ def resolve(
     dtype: torch.dtype,
     block: tuple[int, int],
     density: float = 0.0,
+    *,
+    conv: bool = False,
 ) -> str:
     """Name the implementation that will run.
 
     Only `impl=None` chooses: `cpu` on CPU tensors; `triton` on CUDA tensors whose dtype and block
-    its kernels cover, up to the density in `crossover.DENSE_ABOVE`; `dense` elsewhere. A name is
-    taken as an order.
+    its kernels cover, up to the density in `crossover.DENSE_ABOVE` and but for unstructured
+    convolutions; `dense` elsewhere. A name is taken as an order.
 
     Args:
         impl: None or a name in `BACKENDS`.
@@ -146,6 +148,7 @@ def resolve(
         dtype: of the operands.
         block: of the weight.
         density: share of active blocks.
+        conv: whether it is for a convolution.
 
     Raises:
         ConfigError: `impl` is unknown.
@@ -158,8 +161,10 @@ def resolve(
         if device.type == "cpu":
             return "cpu"
         covered = device.type == "cuda" and dtype in _TRITON_DTYPES and covers(block)
-        sparse = covered and has_triton() and not dense_wins(operand_kind(dtype), block, density)
-        return "triton" if sparse else "dense"
+        if not (covered and has_triton()):
+            return "dense"
+        kind = operand_kind(dtype)
+        return "dense" if dense_wins(kind, block, density, conv=conv) else "triton"
     if impl == "cpu" and device.type != "cpu":
         raise DeviceError(f"impl='cpu' needs CPU tensors; got {device}")
     if impl == "triton":

@@ -93,7 +93,7 @@ def by_distribution(
     choice = choice._replace(targets=with_blocks(choice.targets, block, known))
     choice = choice.leaving(unfit(choice.targets, block, known))
     if distribution == GLOBAL and choice.targets:
-        choice = choice._replace(targets=_over_all(choice.targets, sparsity))
+        choice = choice._replace(targets=over_all(choice.targets, sparsity))
     choice = choice.leaving({t.name: NO_MORE for t in choice.targets if _is_no_sparser(t)})
     return choice.leaving({t.name: NO_SHARE for t in choice.targets if t.sparsity == 0})
 
@@ -232,7 +232,7 @@ class _Pool(NamedTuple):
     sizes: torch.Tensor
 
 
-def _over_all(targets: list[Target], sparsity: float) -> list[Target]:
+def over_all(targets: list[Target], sparsity: float) -> list[Target]:
     """The blocks of largest mean magnitude in all layers together, with their connections.
 
     Each layer keeps its best one, each group of a convolution could have one. Ties go to the

@@ -296,6 +296,16 @@ def merge_grown(old: Any, keep: Any, grown: Any, new: Any, source: Any) -> None:
 
 
 @jit
+def scale_rows(values: Any, crow: Any, scale: Any) -> None:
+    """Multiply blocks (nnzb, bh, bw) by their rows' factors (block rows, bh)."""
+    for row in range(crow.size - 1):
+        for i in range(crow[row], crow[row + 1]):
+            for r in range(values.shape[1]):
+                for c in range(values.shape[2]):
+                    values[i, r, c] *= scale[row, r]
+
+
+@jit
 def ascending(positions: Any) -> bool:
     """Whether no position is below the one before it."""
     for i in range(1, positions.size):  # noqa: SIM110  numba compiles no generator

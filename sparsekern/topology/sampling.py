@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from sparsekern.topology.native import loops
 
 MAX_ACTIVE = 2**31 - 1
 """Blocks that int32 index arrays can count."""
+
+_LARGE = 2**20
+"""From here on a permutation, which goes all over memory, takes longer than the draw itself."""
 
 
 def check_generator(generator: object) -> None:
@@ -42,13 +46,24 @@ def sample_sorted(n: int, total: int, generator: torch.Generator | None = None) 
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < n:
         missing = n - drawn.numel()
-        count = missing + missing // 8 + 16
+        few = n < _LARGE or drawn.numel() > 0
+        count = missing + missing // 8 + 16 if few else _draws(n, total)
         fresh = torch.randint(total, (count,), generator=generator, device="cpu")
         drawn = _distinct(torch.cat([drawn, fresh]) if drawn.numel() else fresh, total)
     # the set is uniform, so leaving out a uniform part of it keeps it so
-    chosen = torch.zeros(drawn.numel(), dtype=torch.bool, device="cpu")
-    chosen[torch.randperm(drawn.numel(), generator=generator, device="cpu")[:n]] = True
+    size = drawn.numel()
+    chosen = torch.zeros(size, dtype=torch.bool, device="cpu")
+    if size < _LARGE:
+        chosen[torch.randperm(size, generator=generator, device="cpu")[:n]] = True
+    else:
+        chosen[sample_sorted(size - n, size, generator)] = True
+        chosen.logical_not_()
     return drawn[chosen]
+
+
+def _draws(n: int, total: int) -> int:
+    """Draws out of [0, total) among which `n` are distinct, but for one time in 10^9."""
+    return math.ceil(math.log1p(-n / total) / math.log1p(-1 / total) + 6 * math.sqrt(n))
 
 
 def _distinct(drawn: Tensor, total: int) -> Tensor:

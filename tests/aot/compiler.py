@@ -1,7 +1,9 @@
 """Compile a kernel for a GPU that is not here, and read what the machine code uses."""
 
+import contextlib
 import functools
 import importlib
+import io
 import re
 import subprocess
 import tempfile
@@ -9,17 +11,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 INDICES = ("start_ptr", "index_ptr", "perm_ptr", "order_ptr", "crow_ptr", "col_ptr")
 
 
 class Built(NamedTuple):
-    """What a compiled kernel uses; depth is that of its shallowest operand buffer, 0 if none."""
+    """What a compiled kernel uses; depth is that of its shallowest operand buffer, 0 if none.
+
+    log: what ptxas said of it, a line for each remark.
+    """
 
     ptx: str
     sass: str
+    log: str
     shared: int
     registers: int
     stack: int
@@ -61,18 +69,36 @@ def build(fn, cc, dtype, constants, num_warps, num_stages=3, *, descriptors=None
         {position[a]: [["tt.divisibility", 16]] for a in aligned},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    kernel, log = compiled(source, GPUTarget("cuda", cc, 32), options)
     sass = disassembled(kernel.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", sass)}
     return Built(
         kernel.asm["ptx"],
         sass,
+        log,
         kernel.metadata.shared,
         numbers["REG"],
         numbers["STACK"],
         numbers["LOCAL"],
         depth(kernel.asm["ttgir"]),
     )
+
+
+def compiled(source, target, options):
+    """A kernel, and the log of ptxas: triton prints it when it compiles; here it is cached too."""
+    printed = io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):
+        knobs.nvidia.dump_ptxas_log = True
+        kernel = triton.compile(source, target=target, options=options)
+        cache = get_cache_manager(kernel.hash)
+        path = cache.get_file("ptxas.log")
+        if not printed.getvalue() and path is None:  # compiled before, by others
+            with knobs.compilation.scope():
+                knobs.compilation.always_compile = True
+                kernel = triton.compile(source, target=target, options=options)
+    if printed.getvalue():
+        path = cache.put(printed.getvalue(), "ptxas.log", binary=False)
+    return kernel, Path(path).read_text()
 
 
 def disassembled(cubin):
@@ -102,6 +128,6 @@ def instructions(ptx):
 
 
 @functools.cache
-def triton_version():
-    """Release that the figures of a lock file belong to."""
-    return triton.__version__
+def release():
+    """Minor release of triton, which the figures of a lock file belong to."""
+    return ".".join(triton.__version__.split(".")[:2])

@@ -35,6 +35,10 @@ WINDOWS["add"] = WINDOWS[""]
 CONV_RECTANGLES = ((16, 128), (128, 16))
 
 
+# what sizes are multiples of, the first that of strides, always
+UNITS = ("UNIT", "K_UNIT", "N_UNIT", "C_UNIT", "O_UNIT")
+
+
 class Case(NamedTuple):
     """One kernel at one configuration, for one dtype and architecture."""
 
@@ -113,8 +117,8 @@ def serves(key, block):
 def compiled(case: Case, divisor: int = 16) -> Built:
     """Compile a case as its launcher would start it."""
     fn, constants, descriptors = PLANS[case.key.op](case)
-    if divisor == 1:  # nothing is known of strides
-        constants = {n: v for n, v in constants.items() if not n.startswith("s")}
+    if divisor == 1:  # sizes that no 16-byte load divides
+        constants |= dict.fromkeys(UNITS[1:], 1)
     constants = {n: v for n, v in constants.items() if n in fn.arg_names}
     stages = getattr(case.config, "num_stages", 3)
     return build(
@@ -133,6 +137,7 @@ def common(case):
     """Constants that every kernel may take."""
     precision = "ieee" if case.key.kind == "ieee" else "tf32"
     unit = {"sb": 1, "sxk": 1, "syn": 1}
+    unit |= dict.fromkeys(UNITS, 4 if case.dtype == "fp32" else 8)
     return unit | {"PRECISION": precision, "INTERPRET": False, "BM": case.config.BM}
 
 
@@ -168,6 +173,7 @@ def sddmm_plan(case):
         "BW": bw,
         "G": max(1, c.LANES // bw),
         "ADD": case.variant == "add",
+        "UNIT": 4 if case.dtype == "fp32" else 8,
     }
     if case.key.loads == "pointer":
         return _bsr_sddmm_kernel, constants, {}
@@ -204,7 +210,8 @@ def conv_plan(case):
     del constants["syn"]  # here the stride of an image
     if case.key.op == "conv2d_wgrad":
         blocks = {"BH": out, "BW": reduce, "G": max(1, c.LANES // reduce)}
-        return _bsr_conv2d_wgrad_kernel, constants | blocks | {"ADD": case.variant == "add"}, {}
+        blocks |= {"ADD": case.variant == "add", "UNIT": 4 if case.dtype == "fp32" else 8}
+        return _bsr_conv2d_wgrad_kernel, constants | blocks, {}
     constants |= {"IN": reduce, "OUT": out, "BK": c.BK, "GROUP": c.GROUP}
     if case.key.op == "conv2d":
         return _bsr_conv2d_kernel, constants | {"HAS_BIAS": True}, {}

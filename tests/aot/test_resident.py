@@ -9,14 +9,10 @@ no sooner than they're waited for, slots are poisoned when a copy into them star
 read their operands both when they're issued and when they're retired.
 """
 
-import importlib
 import math
 import os
 import re
-import subprocess
-import tempfile
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,14 +25,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         allow_module_level=True,
     )
 
-import triton
+from aot import gluon_build
+from aot.emulated import Descriptor, Num, Pointer, Shared, sparse
 from support import integers
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparsekern.kernels import bsr_spmm_resident as module
 
-SHARED_LIMIT = 227 * 1024
 KERNEL = module._bsr_spmm_resident_kernel
 
 # block, columns held, transposed; the last two fill shared memory
@@ -54,51 +48,23 @@ def edges(block, trans):
     return block if trans else block[::-1]
 
 
-def signature_of(block, trans, dtype, G, constants):
+def build(block, K, trans, dtype):
+    """What the compiler makes of it."""
+    config = module.resident_config(block, K)
+    reduce, out = edges(block, trans)
+
     def descriptor(rows, columns):
         return f"tensordesc<{dtype}[{rows},{columns}],{module.shared_layout(columns)!r}>"
 
-    rows = block[0] if trans else G * block[0]
-    known = dict.fromkeys(constants, "constexpr") | {
-        "x_desc": descriptor(module.TOKENS, edges(block, trans)[0]),
-        "w_desc": descriptor(rows, block[1]),
+    constants = {"sb": 1, "SLICES": K // reduce, "IN": reduce, "OUT": out, "TRANS": trans}
+    constants |= {"G": config.G, "STAGES": config.STAGES, "HAS_BIAS": not trans}
+    known = {
+        "x_desc": descriptor(module.TOKENS, reduce),
+        "w_desc": descriptor(block[0] if trans else config.G * block[0], block[1]),
         **dict.fromkeys(("start_ptr", "index_ptr", "perm_ptr"), "*i32"),
         **dict.fromkeys(("bias_ptr", "y_ptr"), f"*{dtype}"),
     }
-    return {a: known.get(a, "i32") for a in KERNEL.arg_names}
-
-
-def build(block, K, trans, dtype):
-    """PTX, machine code, shared memory, and what cuobjdump says of registers and stack."""
-    config = module.resident_config(block, K)
-    reduce, out = edges(block, trans)
-    constants = {"sb": 1, "SLICES": K // reduce, "IN": reduce, "OUT": out, "TRANS": trans}
-    constants |= {"G": config.G, "STAGES": config.STAGES, "HAS_BIAS": not trans}
-    signature = signature_of(block, trans, dtype, config.G, constants)
-    position = {a: (i,) for i, a in enumerate(KERNEL.arg_names)}
-    aligned = [a for a in position if signature[a].startswith("*") or a == "N"]
-    source = GluonASTSource(
-        KERNEL,
-        signature,
-        {position[a]: v for a, v in constants.items()},
-        {position[a]: [["tt.divisibility", 16]] for a in aligned},
-    )
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    folder = Path(importlib.import_module("triton.backends.nvidia").__file__).parent
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        sass, usage = (
-            subprocess.run(
-                [folder / "bin" / "cuobjdump", option, f.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("-sass", "-res-usage")
-        )
-    return kernel.asm["ptx"], sass, kernel.metadata.shared, usage
+    return gluon_build.build(KERNEL, known, constants, divided=("N",))
 
 
 def events(ptx):
@@ -119,26 +85,20 @@ def test_compiles(block, K, trans, dtype, request):
     if dtype == "fp16" and block != (16, 16):
         pytest.skip("one block stands for fp16")
     reduce, out = edges(block, trans)
-    ptx, sass, shared, usage = build(block, K, trans, dtype)
-    registers = max(map(int, re.findall(r"\bR(\d+)\b", sass))) + 1
-    request.node.user_properties += [("registers", registers), ("shared", shared)]
-    assert "EXIT" in sass
-    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], "spilled"
-    assert not re.search(r"\b(STL|LDL)\b", sass), "spilled"
-    assert not re.search(r"\b(ATOMG|ATOM|RED)\b", sass), "global atomics"
-    assert shared <= SHARED_LIMIT
+    found = build(block, K, trans, dtype)
+    ptx, sass, shared = found.ptx, found.sass, found.shared
+    request.node.user_properties += [("registers", found.registers), ("shared", shared)]
+    gluon_build.check(found)
     size = module.WALKERS * math.prod(module.resident_config(block, K)) * math.prod(block) * 2
     assert 0 < shared - size - module.TOKENS * K * 2 <= module._SHARED_EXTRA
 
     shape = {"bf16": "f32.bf16.bf16", "fp16": "f32.f16.f16"}[dtype]
-    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx)
-    assert products == [f"m64n{out}k16.{shape}"] * (module.WALKERS * reduce // 16)
+    assert found.products == [f"m64n{out}k16.{shape}"] * (module.WALKERS * reduce // 16)
     # had ptxas serialised them, it would wait for all of them at once, after each
     assert len(re.findall(r"HGMMA.*gsb0", sass)) == module.WALKERS
     assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", sass)) == module.WALKERS
     # by each walker: products, the wait, a barrier, and only then the copy
     assert len(re.findall(r"p+wb+(?:cb*)+", events(ptx))) == module.WALKERS
-    assert "fence.proxy.async" in ptx
 
 
 def test_what_fits():
@@ -156,55 +116,6 @@ def test_what_fits():
     x, index = torch.zeros(4, 16), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="not held"):
         module.bsr_spmm_resident(x, torch.zeros(1, 16, 16), index, index, None, 16)
-
-
-class Num(np.ndarray):
-    """An array that takes `.to`, which changes nothing: integers and sums here are exact."""
-
-    def to(self, _dtype):
-        return self
-
-
-class Pointer:
-    """A pointer into a tensor, or an array of them; loads outside it fail."""
-
-    dtype = types.SimpleNamespace(element_ty=None)
-
-    def __init__(self, tensor, offset=0):
-        self.tensor, self.offset = tensor, offset
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        self.flat = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
-
-    def __add__(self, offset):
-        return Pointer(self.tensor, self.offset + offset)
-
-    def load(self, mask=True, other=None):
-        flat = self.flat
-        if np.ndim(self.offset) == 0:
-            assert not mask or 0 <= self.offset < len(flat)
-            return flat[self.offset].item() if mask else other
-        loaded = np.full(self.offset.shape, other, np.float32)
-        loaded[mask] = flat[torch.from_numpy(np.array(self.offset[mask]))].float()
-        return loaded.view(Num)
-
-    def store(self, values, mask):
-        index = torch.from_numpy(np.array(self.offset[mask]))
-        assert bool(torch.isnan(self.flat[index]).all()), "stored twice"
-        self.flat[index] = torch.from_numpy(np.array(values[mask])).to(self.tensor.dtype)
-
-
-class Shared:
-    """Shared memory, or a view of it."""
-
-    def __init__(self, array):
-        self.array, self.shape = array, array.shape
-
-    def index(self, i):
-        assert 0 <= i < len(self.array)
-        return Shared(self.array[i])
-
-    def permute(self, order):
-        return Shared(self.array.transpose(order))
 
 
 class Machine:
@@ -307,21 +218,6 @@ class Machine:
                 assert state.expected is None, "a copy outlives its program"
 
 
-class Descriptor:
-    """A TensorDescriptor as the kernel uses it."""
-
-    def __init__(self, real):
-        self.dtype, self.layout, self.block_shape = real.base.dtype, real.layout, real.block_shape
-        matrix = torch.as_strided(real.base, real.shape, real.strides, real.base.storage_offset())
-        self.matrix = matrix.float().numpy()
-
-    def box(self, row, column):
-        got = self.matrix[row : row + self.block_shape[0], column : column + self.block_shape[1]]
-        out = np.zeros(self.block_shape, np.float32)
-        out[: got.shape[0], : got.shape[1]] = got
-        return out
-
-
 class Emulated:
     """Takes the kernel's place under the launcher."""
 
@@ -351,21 +247,6 @@ class Emulated:
             types.FunctionType(KERNEL.fn.__code__, namespace)(*args, **constants)
             machine.check_left()
             self.programs += 1
-
-
-def sparse(block, rows, columns, density, dtype):
-    """Values in CSR order, both indices, and the dense matrix; some rows and columns are empty."""
-    mask = torch.rand(rows, columns) < density
-    mask[rows // 2] = False
-    mask[:, columns // 3] = False
-    row, col = mask.nonzero(as_tuple=True)
-    values = integers(len(row), *block, dtype=dtype)
-    blocks = torch.zeros(rows, columns, *block, dtype=dtype)
-    blocks[row, col] = values
-    perm = torch.argsort(col, stable=True)
-    starts = [torch.cat([torch.zeros(1), mask.sum(d).cumsum(0)]).to(torch.int32) for d in (1, 0)]
-    dense = blocks.transpose(1, 2).reshape(rows * block[0], columns * block[1])
-    return values, starts, col.int(), row[perm].int(), perm.int(), dense
 
 
 @pytest.mark.parametrize("ring", [64, 16], ids=["deep", "shallow"])

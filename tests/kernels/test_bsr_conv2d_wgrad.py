@@ -30,7 +30,8 @@ def test_floats_within_bound(block, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 29), (3, 3), (16, 16)])
-def test_pixels_summed_in_parts(dtype, size):
+def test_pixels_summed_in_parts(dtype, size, monkeypatch):
+    monkeypatch.setattr(launch, "START_BYTES", 0)
     # tiles of more and of fewer pixels than an image has
     batch = -(-1100 // (size[0] * size[1]))
     case = ConvCase((16, 16), 20, 18, size, PLAIN, batch)

@@ -60,10 +60,11 @@ def test_floats_within_bound(block, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ragged", [0, 1, 5])
-def test_tokens_summed_in_parts(dtype, ragged):
+def test_tokens_summed_in_parts(dtype, ragged, monkeypatch):
+    monkeypatch.setattr(launch, "START_BYTES", 0)
     dtype = DTYPES[dtype]
     tile, _ = find("sm90", "sddmm", launch.compute_kind(dtype), 64, "any", tma=False)
-    assert launch.splits("sm90", 3, 17) > 1
+    assert launch.parts_of_sum(torch.device("cpu"), 2, 17, 40960, 3 << 12) > 1
     tokens = 17 * tile.BM - ragged
     case = Case((64, 64), tokens, 70, 90, "random", "col")
     p, dy, x = setup_case(case, dtype)
@@ -78,6 +79,13 @@ def test_groups_of_a_row(per_row):
     for dtype in (torch.float32, torch.float16):
         dy, x = numbers((3, p.rows), dtype, 1), numbers((3, p.cols), dtype, 2)
         assert_exact(bsr_sddmm(dy, x, p.crow, p.col, p.block), sddmm_oracle(dy, x, p), dtype)
+
+
+def test_rows_beyond_those_that_are_counted_at_once():
+    p = pattern(16 * 1030, 40, (16, 16), "full")
+    p = p.keep_rows(torch.tensor([0, 3, 511, 512, 513, 1024, 1029]))
+    dy, x = numbers((3, p.rows), torch.float32, 1), numbers((3, p.cols), torch.float32, 2)
+    assert_exact(bsr_sddmm(dy, x, p.crow, p.col, p.block), sddmm_oracle(dy, x, p), torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of inf times zero

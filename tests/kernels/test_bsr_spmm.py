@@ -74,6 +74,24 @@ def test_padding_of_values_is_never_used(block):
     assert_exact(dx, spmm_oracle(dy, w.t()), torch.float32)
 
 
+@pytest.mark.parametrize("layout", ["aligned", "row", "col"])
+@pytest.mark.parametrize("width", [72, 71, 80])
+@pytest.mark.parametrize("block", [(16, 16), (64, 64), (32, 128)], ids=ids)
+def test_any_width_and_stride(block, width, layout, monkeypatch):
+    # rows of whole loads are read as they lie, others in a copy: NaN beyond them is never met
+    copies = []
+    made = module.aligned_rows
+    monkeypatch.setattr(module, "aligned_rows", lambda x: copies.append(x) or made(x))
+    for dtype in ("fp32", "bf16"):
+        case = BSR_CASES[0]._replace(block=block, M=21, N=width, K=width, layout=layout)
+        p, values, w, x, dy, bias = setup_case(case, DTYPES[dtype], padding=float("nan"))
+        y = bsr_spmm(x, values, *p.forward, bias, width)
+        assert_exact(y, spmm_oracle(x, w, bias), DTYPES[dtype])
+        dx = bsr_spmm_t(dy, values, *p.transposed, width)
+        assert_exact(dx, spmm_oracle(dy, w.t()), DTYPES[dtype])
+    assert len(copies) == (0 if layout == "aligned" and width % 8 == 0 else 4)
+
+
 def test_rows_do_not_depend_on_their_number():
     case = BSR_CASES[0]._replace(block=(32, 32), M=130, N=33, K=60, kind="random")
     p, values, _, x, _, bias = setup_case(case, torch.float32, exact=False)

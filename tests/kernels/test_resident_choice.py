@@ -9,7 +9,8 @@ from sparsekern.kernels import bsr_spmm_resident as resident
 from sparsekern.kernels import tables
 
 ENTRIES = {
-    tables.Key(op, "half", "32", "any", "tma"): tables.RingConfig(48) for op in tables.OPTIONAL
+    tables.Key(op, "half", "32", "any", "tma"): tables.RingConfig(48)
+    for op in ("spmm_resident", "spmm_t_resident")
 }
 
 

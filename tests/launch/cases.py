@@ -105,6 +105,8 @@ LINEAR = (
     *(Linear(square(e), M=m) for e in (64, 16, 1) for m in (0, 1)),
     *(Linear(square(e), nnzb=0) for e in (64, 16, 1)),
     *(Linear(square(e), N=259, K=263, M=283) for e in (64, 16, 1)),
+    *(Linear(square(e), N=1000, K=1000, M=70) for e in (128, 64, 16)),
+    *(Linear(square(64), layout=name, N=1000, K=1001, M=70) for name in ("padded", "column")),
     *(Linear(square(1), layout=name) for name in ("row", "column", "expanded", "shifted")),
     Linear(square(1), FP32),
     Linear(square(64), M=1100),  # sampled products in parts
@@ -121,7 +123,7 @@ CONV = (
     *(Conv(square(e), stride=2, groups=2) for e in (16, 1)),
     *(Conv(square(e), batch=b) for e in (32, 1) for b in (0, 1)),
     Conv((64, 16), FP32),
-    Conv(square(16), channels=37),
+    *(Conv(square(16), channels=c, groups=g) for c, g in ((37, 1), (37, 2), (24, 2))),
 )
 MORE_CONV = tuple(
     Conv(square(e), dtype, layout, stride, groups=groups)

@@ -29,6 +29,7 @@ SAME_ZERO = "differs at zero, which is what it is replaced by"
 WORK = "the masks stop what the test would have skipped"
 ALWAYS_FP32 = "in the interpreter kernels store fp32 whatever the dtype"
 PROMOTED = "the first sum promotes the accumulator to fp32 (compiled, it is a type error)"
+SHIFT_FITS = "a tap's shift, counted in 16-byte loads, passes 2^31 in images of 2^33 elements alone"
 FEW_PARTS = "tokens are cut into parts only when a few hundred programs hold the whole output"
 
 EQUIVALENT = (
@@ -87,9 +88,13 @@ EQUIVALENT = (
         "_cut",
         "condition dropped",
         "x.shape[1] % reduce == 0 and reduce * x.element_size() >= _TMA_ROW_BYTES "
-        "and tma_fits(x, values.view(-1, bw), y)",
-        "x.shape[1] % reduce == 0 and tma_fits(x, values.view(-1, bw), y)",
+        "and tma_fits(values.view(-1, bw), y) and (copied or tma_fits(x))",
+        "x.shape[1] % reduce == 0 and tma_fits(values.view(-1, bw), y) and (copied or tma_fits(x))",
         CHOICE,
+    ),
+    Equivalent("_cut", "condition dropped", "copied or tma_fits(x)", None, CHOICE),
+    Equivalent(
+        "_bsr_spmm_kernel", "condition dropped", "K_UNIT == 1 and (not TRANS)", None, CHOICE
     ),
     Equivalent("_cut", "constant", "0", "1", CHOICE, "x.shape[1] % reduce"),
     Equivalent(
@@ -108,11 +113,7 @@ EQUIVALENT = (
         NOT_LOADED,
     ),
     Equivalent(
-        "_bsr_sddmm_kernel",
-        "other dropped",
-        "tl.load(dw, mask=(t < hi)[:, None], other=0.0)",
-        None,
-        NOT_STORED,
+        "store_sums", "other dropped", "tl.load(dw, mask=mine, other=0.0)", None, NOT_STORED
     ),
     Equivalent(
         "_bsr_sddmm_kernel", "int64 dropped", "tl.program_id(1).to(tl.int64)", None, FEW_PARTS
@@ -121,26 +122,107 @@ EQUIVALENT = (
     Equivalent("_bsr_sddmm_tma_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
     Equivalent("_bsr_sddmm_tma_kernel", "constant", "2", "1", CHOICE, "_sum_blocks("),
     Equivalent(
-        "bsr_sddmm",
-        "comparison",
-        "out.dtype == output_dtype(out.dtype, _bsr_sddmm_kernel)",
-        None,
-        CHOICE,
-    ),
-    Equivalent(
-        "bsr_sddmm",
-        "branch fixed",
-        "output_dtype(x.dtype, _bsr_sddmm_kernel) if whole else torch.float32",
-        "torch.float32",
-        ALWAYS_FP32,
-    ),
-    Equivalent(
         "bsr_sddmm", "constant", "0", "1", "a block has 256 elements at least", "dw.numel() > 0"
     ),
     Equivalent("_cut", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
+    *(Equivalent("_cut", "name swapped", name, None, CHOICE, "find(") for name in ("min", "max")),
+    Equivalent("_cut", "name swapped", "max", None, CHOICE, "G = "),
+    *(
+        Equivalent("_cut", "arithmetic", old, None, CHOICE, "loads =")
+        for old in (
+            "(bh + G * bw) * tile.BM * x.element_size()",
+            "(bh + G * bw) * tile.BM",
+            "bh + G * bw",
+            "G * bw",
+        )
+    ),
+    *(
+        Equivalent("_cut", "arithmetic", old, None, CHOICE, "parts = parts_of_sum")
+        for old in ("nnzb * bh * bw", "nnzb * bh")
+    ),
+    *(
+        Equivalent("_cut", *fault, CHOICE, "step = min(images_at_once")
+        for fault in (
+            ("arithmetic", "2 ** 31 - 1", None),
+            ("name swapped", "max", None),
+            ("constant", "1", None),
+            ("constant", "2", None),
+        )
+    ),
+    *(
+        Equivalent("_tma_fits", *fault, CHOICE)
+        for fault in (
+            (
+                "branch fixed",
+                "tma_fits(a) if has_aligned_rows(a) else max(a.shape) < 2 ** 31",
+                "tma_fits(a)",
+            ),
+            ("comparison", "max(a.shape) < 2 ** 31", None),
+            ("name swapped", "max", None),
+        )
+    ),
+    Equivalent(
+        "clear",
+        "accumulator fp16",
+        "tl.zeros(padding.shape, dtype=dw.dtype.element_ty)",
+        None,
+        "a zero is a zero",
+    ),
+    Equivalent(
+        "_sum_blocks",
+        "other dropped",
+        "tl.load(col_ptr + lo + g, mask=lo + g < hi, other=_NO_COLUMN)",
+        None,
+        "a tile that is loaded for nothing",
+    ),
+    Equivalent(
+        "group_of_program",
+        "constant",
+        "1",
+        "0",
+        "only programs without a group divide by it",
+        "groups = tl.maximum",
+    ),
+    Equivalent(
+        "slots_of_program",
+        "arithmetic",
+        "left + R - 1",
+        None,
+        "the search rules out what it reads beyond the last row",
+    ),
+    *(Equivalent("_cut", "constant", old, None, CHOICE, "copied =") for old in ("0", "1")),
+    # parts
+    Equivalent(
+        "_add_parts_kernel",
+        "other dropped",
+        "tl.load(out_ptr + at, mask=at < n, other=0.0)",
+        None,
+        NOT_STORED,
+    ),
+    Equivalent(
+        "_add_parts_kernel",
+        "int64 dropped",
+        "tl.program_id(0).to(tl.int64)",
+        None,
+        "a weight of 2**31 numbers is not tested",
+    ),
+    Equivalent(
+        "_add_parts_kernel",
+        "accumulator fp16",
+        "tl.zeros([BLOCK], dtype=tl.float32)",
+        None,
+        PROMOTED,
+    ),
+    # bsr_conv2d_wgrad
+    Equivalent(
+        "_cut",
+        "branch fixed",
+        "0 if has_pixel_rows(a, window.groups) else a.shape[1:].numel()",
+        "a.shape[1:].numel()",
+        CHOICE,
+    ),
     # bsr_grow
     Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
-    Equivalent("bsr_sddmm", "comparison", "out.dtype != torch.float64", None, CHOICE),
     # csr_sddmm
     Equivalent("_csr_sddmm_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
     Equivalent(
@@ -206,18 +288,11 @@ EQUIVALENT = (
     Equivalent(
         "_bsr_conv2d_wgrad_kernel",
         "conjunct dropped",
-        "(ch < Cg) & (t < hi)",
-        "ch < Cg",
+        "(ch < width) & (t < hi)",
+        "ch < width",
         NOT_STORED,
     ),
-    Equivalent("_bsr_conv2d_wgrad_kernel", "comparison", "t < hi", "t <= hi", NOT_STORED, "c_in ="),
-    Equivalent(
-        "_bsr_conv2d_wgrad_kernel",
-        "other dropped",
-        "tl.load(dw, mask=(t < hi)[:, None], other=0.0)",
-        None,
-        NOT_STORED,
-    ),
+    Equivalent("_bsr_conv2d_wgrad_kernel", "comparison", "t < hi", "t <= hi", NOT_STORED, "h ="),
     Equivalent(
         "_bsr_conv2d_wgrad_kernel",
         "other dropped",
@@ -250,7 +325,7 @@ EQUIVALENT = (
     ),
     *(
         Equivalent(function, *fault, ALWAYS_FP32, "whole =")
-        for function in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for function in ("csr_conv2d_wgrad",)
         for fault in (
             ("condition dropped", "parts == 1 and step >= batch", None),
             ("comparison", "parts == 1", None),
@@ -266,17 +341,16 @@ EQUIVALENT = (
             None,
             ALWAYS_FP32,
         )
-        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for wgrad in ("csr_conv2d_wgrad",)
     ),
     *(
         Equivalent(wgrad, "branch fixed", "dw[0] if parts == 1 else dw.sum(0)", "dw.sum(0)", CHOICE)
-        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for wgrad in ("csr_conv2d_wgrad",)
     ),
     *(
         Equivalent(wgrad, "constant", "1", "0", CHOICE, "dw.sum(0)")
-        for wgrad in ("bsr_conv2d_wgrad", "csr_conv2d_wgrad")
+        for wgrad in ("csr_conv2d_wgrad",)
     ),
-    Equivalent("_options", "name swapped", "max", "min", CHOICE, "find("),
     *(
         Equivalent(
             wgrad,
@@ -289,6 +363,9 @@ EQUIVALENT = (
     ),
     Equivalent("bsr_conv2d_wgrad", "constant", "0", "1", NO_SHAPE, "dw.numel() == 0"),
     # bsr_conv2d
+    Equivalent("_bsr_conv2d_kernel", "int64 dropped", "dh.to(tl.int64)", "dh", SHIFT_FITS),
+    Equivalent("_bsr_conv2d_kernel", "int64 dropped", "dw.to(tl.int64)", "dw", SHIFT_FITS),
+    Equivalent("_bsr_conv2d_dgrad_kernel", "int64 dropped", "w.to(tl.int64)", "w", SHIFT_FITS),
     *(
         Equivalent(
             function, "other dropped", f"tl.load({name}_ptr + t, mask={live}, other=0)", None, why
@@ -397,8 +474,8 @@ EQUIVALENT = (
     ),
     Equivalent("_launch", "branch fixed", "index if perm is None else perm", "perm", NEVER_READ),
     *(
-        Equivalent(launcher, "branch fixed", "x if bias is None else bias", "bias", NEVER_READ)
-        for launcher in ("_launch", "bsr_conv2d", "csr_conv2d")
+        Equivalent(launcher, "branch fixed", f"{x} if bias is None else bias", "bias", NEVER_READ)
+        for launcher, x in (("_launch", "rows"), ("bsr_conv2d", "x"), ("csr_conv2d", "x"))
     ),
     *(
         Equivalent(launcher, "constant", "0", "1", NEVER_READ, "0 if bias is None")

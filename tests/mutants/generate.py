@@ -21,7 +21,7 @@ FOLDER = Path(kernels.__file__).parent
 _TUNING = ("num_warps", "num_stages", "enable_fp_fusion", "input_precision", "PRECISION")
 _HINTS = ("tl.max_contiguous", "tl.multiple_of", "tl.assume")
 # functions that decide nothing in the interpreter
-_COMPILED_ONLY = ("_key", "_launch_resident", "_ring_kb")
+_COMPILED_ONLY = ("_key", "_kernel_of")
 _ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod}
 _COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 _ARITHMETIC[ast.Mod] = ast.FloorDiv

@@ -164,6 +164,20 @@ def added(p, what):
     return made is total and torch.equal(total.double(), expected)
 
 
+def in_parts(p, what, check=right):
+    """The same with the tokens cut into parts even where that does not pay."""
+    before, launch.START_BYTES = launch.START_BYTES, 0
+    try:
+        return check(p, what)
+    finally:
+        launch.START_BYTES = before
+
+
+def added_in_parts(p, what):
+    """Both at once."""
+    return in_parts(p, what, added)
+
+
 def hot(p, what):
     """Infinite gradients: what is zero by decree stays zero, not zero times infinity."""
     o = operands(p)
@@ -240,14 +254,18 @@ CSR = Problem(1, 29, 19, 27)
 CSR_WIDE = Problem(1, 130, 37, 21, layout="col")
 CSR_ROUGH = Problem(1, 33, 20, 90, fill=1.0, **FLOATS)
 PARTS = Problem((16, 32), 290, 33, 40, layout="col")
+SHORT_PARTS = Problem(16, 700, 16, 16, layout="plain")
 PARTS_TMA = Problem(64, 1100, 64, 64, HALF, "plain")
 CSR_PARTS = Problem(1, 2100, 3, 40, layout="col")
 FULL = Problem(16, 29, 45, 300, fill=1.0, layout="strided")
 SHIFTED = Problem(64, 20, 128, 128, HALF)  # descriptors would fit but for the first address
 ENDED = Problem(16, 5, 48, 48, open_end=True)
 ENDED_TMA = Problem(64, 5, 192, 192, HALF, "plain", open_end=True)
+GATHERED = Problem(16, 9, 90, 120, HALF)  # blocks of a row, four at a time, not all there
 OBLONG = Problem((64, 32), 20, 128, 128, HALF, "plain")
 EMPTY = Problem(16, 3, 32, 32, fill=0.0)
+MANY_ROWS = Problem(16, 3, 16 * 600, 16, fill=0.05)
+RAGGED_TMA = Problem(64, 9, 100, 150, HALF, "plain", 1.0)
 CUT = Problem(64, 20, 128, 120, HALF, "whole")  # descriptors would fit, but not mask the last block
 
 KILLERS = {
@@ -257,19 +275,35 @@ KILLERS = {
         *((right, p, w) for p in (ALIGNED, LONG, ROUGH, ROUGH_HALF) for w in ("y", "dx")),
         *((right, p, w) for p in (SHIFTED, ENDED, ENDED_TMA) for w in ("y", "dx")),
         (right, CUT, "y"),
+        *((right, GATHERED, w) for w in ("y", "dx")),
         (right, OBLONG, "y"),
         (right, OBLONG._replace(block=(32, 64)), "dx"),
         *((right, p, w) for p in (BROAD, POINT, EMPTY, MANY) for w in ("y", "dx")),
         (right, ALIGNED._replace(relu=True), "y"),
     ],
     "bsr_sddmm": [
-        *((right, p, "dw") for p in (TINY, WIDE, TALL, FULL, ALIGNED, PARTS, PARTS_TMA)),
-        *((added, p, "dw") for p in (TINY, ALIGNED, PARTS)),
+        *((right, p, "dw") for p in (TINY, WIDE, TALL, FULL, ALIGNED)),
+        *((in_parts, p, "dw") for p in (PARTS, PARTS_TMA)),
+        *((added, p, "dw") for p in (TINY, ALIGNED)),
+        (added_in_parts, PARTS, "dw"),
         *((right, p, "dw") for p in (BROAD, ROUGH._replace(tokens=250), POINT, EMPTY)),
         (right, ROUGH_HALF._replace(tokens=250), "dw"),
         *((right, p, "dw") for p in (SHIFTED, ENDED, ENDED_TMA)),
         (hot, TINY._replace(fill=1.0), "dw"),
+        (hot, RAGGED_TMA, "dw"),
         (nothing, TINY, "dw"),
+    ],
+    "groups": [
+        *((right, p, "dw") for p in (TINY, FULL, WIDE, ALIGNED, CSR, CSR_WIDE, PARTS, CSR_PARTS)),
+        *((added, p, "dw") for p in (TINY, ALIGNED)),
+        (right, MANY_ROWS, "dw"),
+        (hot, TINY._replace(fill=1.0), "dw"),
+        (hot, RAGGED_TMA, "dw"),
+        *((right, p, "dw") for p in (ENDED, ENDED_TMA, POINT, EMPTY)),
+    ],
+    "parts": [
+        *((in_parts, p, "dw") for p in (PARTS, PARTS_TMA, SHORT_PARTS)),
+        *((added_in_parts, p, "dw") for p in (PARTS, SHORT_PARTS)),
     ],
     "bsr_grow": [
         *((right, TINY._replace(norm=n), "grow") for n in ("l1", "l2", "max")),

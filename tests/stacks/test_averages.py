@@ -56,8 +56,10 @@ def close(expected, averaged):
 @pytest.mark.parametrize("block", [1, 4])
 def test_timm(block):
     timm = pytest.importorskip("timm.utils")
-    model, average, expected = run(
-        lambda m: timm.ModelEmaV3(m, decay=DECAY, foreach=False), lambda a, m: a.update(m), block=block
+    _, average, expected = run(
+        lambda m: timm.ModelEmaV3(m, decay=DECAY, foreach=False),
+        lambda a, m: a.update(m),
+        block=block,
     )
     close(expected, average.module)
     for layer in sparse_layers(average.module).values():
@@ -109,7 +111,9 @@ class Watched(Module):
         self.first = dense(self.net)
 
     def on_train_batch_end(self, *_):
-        self.seen.append((dense(self.net), {n: m.mask() for n, m in sparse_layers(self.net).items()}))
+        self.seen.append(
+            (dense(self.net), {n: m.mask() for n, m in sparse_layers(self.net).items()})
+        )
 
 
 @pytest.mark.parametrize("kind", ["EMA", "WeightAveraging", "StochasticWeightAveraging"])

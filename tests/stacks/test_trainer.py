@@ -1,4 +1,4 @@
-"""Hugging Face's real `Trainer`: the same steps as a plain loop, and a resume that changes nothing."""
+"""Hugging Face's real `Trainer`: the steps of a plain loop, and a resume that changes nothing."""
 
 import loops
 import pytest
