@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 VENV_OLD ?= .venv-launch
+VENV_STACKS ?= .venv-stacks
 STAMP = $(VENV)/.installed
 EXTRAS ?= dev
 WORKERS ?= 2
@@ -18,7 +19,7 @@ GPU_OUT ?= runs/gpu
 GPU_KERNELS ?= runs/gpu-kernels
 GPU_TABLE ?= $(GPU_OUT)/table.json
 
-.PHONY: demo test check aot launch lock bench bench-quick end-to-end scale readme gpu gpu-kernels gpu-tune clean
+.PHONY: demo test check aot launch stacks lock bench bench-quick end-to-end scale readme gpu gpu-kernels gpu-tune clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,7 +35,7 @@ demo: $(STAMP)
 
 # Everything that needs no GPU: kernels run in Triton's interpreter.
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore=tests/aot --ignore=tests/launch -n $(WORKERS) --dist worksteal
+	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore=tests/aot --ignore=tests/launch --ignore=tests/stacks -n $(WORKERS) --dist worksteal
 
 # Formatting, lint, types and sizes.
 check: $(STAMP)
@@ -64,6 +65,17 @@ $(VENV_OLD)/.installed: pyproject.toml
 # The launches once more on the oldest release of triton that is supported.
 launch: $(VENV_OLD)/.installed
 	$(ONE_THREAD) $(VENV_OLD)/bin/python -m pytest tests/launch -n $(WORKERS) --dist worksteal
+
+$(VENV_STACKS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_STACKS)
+	$(VENV_STACKS)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_STACKS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV_STACKS)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[cpu,stacks]"
+	touch $@
+
+# Transformers, Lightning, accelerate, ONNX and others, for real: in less than eight minutes.
+stacks: $(VENV_STACKS)/.installed
+	$(ONE_THREAD) $(VENV_STACKS)/bin/python -m pytest tests/stacks -n $(WORKERS) --dist worksteal
 
 # Compile them anew and write down what they use: a tests/aot/kernels-*.lock for each release.
 lock: $(STAMP) $(VENV_OLD)/.installed
@@ -111,4 +123,4 @@ gpu-tune:
 	$(PYTHON) -m sparsekern tune --out $(GPU_TABLE) --budget-s 530
 
 clean:
-	rm -rf $(VENV) $(VENV_OLD) build dist runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV_OLD) $(VENV_STACKS) build dist runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

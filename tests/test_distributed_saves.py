@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import DiedError, FailedError, failure, ranks
 from test_distributed import Run, part_of
-from test_distributed_sharded import Case, result
+from test_distributed_sharded import ALL, Case, result
 from torch import nn
 
 from sparsekern import RigL, Static, save, sparse_layers, sparsify_
@@ -65,6 +65,7 @@ def resuming(rank, world, path):
     return run.train(range(5, 9), rank, world)
 
 
+@pytest.mark.skipif(not ALL, reason="SPARSEKERN_RANKS=all runs it")
 @pytest.mark.slow
 def test_a_run_on_two_ranks_goes_on_on_one_and_on_four():
     with tempfile.TemporaryDirectory() as path:
@@ -260,6 +261,7 @@ def test_a_rank_that_does_not_come_is_named():
     assert isinstance(found[1], FailedError), found[1]  # the collective's own; no signal
 
 
+@pytest.mark.skipif(not ALL, reason="SPARSEKERN_RANKS=all runs it")
 @pytest.mark.slow
 def test_a_run_that_torchrun_restarts_ends_as_one_that_nothing_broke_off(tmp_path):
     found = []

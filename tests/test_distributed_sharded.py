@@ -121,7 +121,13 @@ CASES = {
     "micro-batches, one reduction": Case(parts=2, sync=False),
     "weight step first": Case(step_on_update=True),
 }
-USUAL = ("rigl", "blocks set drawn", "fewer blocks than ranks", "gru", "micro-batches, one reduction")
+USUAL = (
+    "rigl",
+    "blocks set drawn",
+    "fewer blocks than ranks",
+    "gru",
+    "micro-batches, one reduction",
+)
 if not ALL:
     CASES = {name: CASES[name] for name in USUAL}
 

@@ -27,7 +27,7 @@ FLOORS = [
     ("sparsekern.cost",),
     ("sparsekern.profiling", "sparsekern.planning"),
     ("sparsekern.models", "sparsekern.training", "sparsekern.tuning"),
-    ("sparsekern.integrations",),
+    ("sparsekern.integrations", "sparsekern.compat"),
     ("sparsekern.cli",),
     ("sparsekern.__main__",),
 ]
@@ -125,7 +125,7 @@ after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabl
 assert before == after
 import sys
 assert "numba" not in sys.modules
-upper = ("cli", "models", "training", "tuning")
+upper = ("cli", "compat", "integrations", "models", "training", "tuning")
 loaded = [n for n in sys.modules if n.startswith("sparsekern.") and n.split(".")[1] in upper]
 assert not loaded, loaded
 assert not any(name.startswith("sparsekern.kernels") for name in sys.modules)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from sparsekern.methods import progress
 from sparsekern.methods.change import UpdateRecord
 from sparsekern.methods.passes import BackwardPasses
 from sparsekern.methods.progress import Progress
+from sparsekern.methods.registry import attached_to, note
 from sparsekern.methods.schedule import Schedule
 from sparsekern.methods.steps import Arguments, changes_weights, run_closure
 from sparsekern.ops.ranges import ranged
@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 PASSES_WITHOUT_STEP = 10
 """Times `grad_accumulation`: so many backward passes without a step are worth a warning."""
-
-_attached: WeakKeyDictionary[torch.optim.Optimizer, WeakSet[Loop]] = WeakKeyDictionary()
 
 
 class Loop:
@@ -57,6 +55,7 @@ class Loop:
         self.weight_steps = 0
         self.last_update: int | None = None
         self.history: list[UpdateRecord] = []
+        self.postponed = 0  # batches of this process on which a due update was not made
         self._chains = tuple(unwrapped(optimizer) for optimizer in optimizers)
         self._hooks: list[RemovableHandle] = []
         self._retired = False  # the hooks are left, which can't be removed while they run
@@ -204,12 +203,12 @@ class Loop:
 
     def _attach(self) -> None:
         for chain in self._chains:
-            if any(loop.attached for loop in _attached.get(chain[-1], ())):
+            if attached_to(chain[-1]) is not None:
                 raise ConfigError(
                     "the optimizer has a method attached already; detach() that one first"
                 )
         for chain in self._chains:
-            _attached.setdefault(chain[-1], WeakSet()).add(self)
+            note(chain[-1], self)
             self._hook(chain)
         self._passes = BackwardPasses(self._weights(), self._count_pass)
         self._watch(self.due)
@@ -307,7 +306,9 @@ class Loop:
         self._publish()
 
     def _update_if_due(self) -> bool:
-        if not (self.due and self._takes_part() and self._ready()):
+        asked = self.due and self._takes_part()
+        if not (asked and self._ready()):
+            self.postponed += asked
             return False
         self._check_loads(self._state_loaded)  # `step` may be called by hand
         with ranged("update"):

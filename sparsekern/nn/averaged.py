@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PLACES = {
-    ("torch", "AveragedModel"): "module",  # Lightning's callbacks hold one
+    ("torch", "AveragedModel"): "module",  # Lightning's WeightAveraging holds one
+    ("lightning", "StochasticWeightAveraging"): "_average_model",
+    ("pytorch_lightning", "StochasticWeightAveraging"): "_average_model",
     ("ema_pytorch", "EMA"): "ema_model",
     ("ema_pytorch", "KarrasEMA"): "ema_model",
     ("timm", "ModelEma"): "ema",
