@@ -60,6 +60,8 @@ def test_no_public_callable_hides_its_arguments():
         for name, found in public()
         if any(p.kind in HIDING for p in inspect.signature(found).parameters.values())
     }
+    # torch's Joinable hands on what Join was given
+    hidden = {name for name in hidden if not name.endswith(".join_hook")}
     assert hidden == set(EXCEPTIONS)
     assert len(dict(public())) > 150
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +20,7 @@ from benchmarks.gpu.model_launch import (
     topology,
 )
 from sparsekern.cost.roofline import ELEMENT_BYTES, Problem
-from sparsekern.kernels import tables
-
-launch: Any = importlib.import_module("sparsekern.kernels.launch")  # its names differ by version
-_EVENLY = hasattr(launch, "most_groups")  # how dW is cut
+from sparsekern.kernels import launch, tables
 
 LINEAR = {"forward": "spmm", "dx": "spmm_t", "dw": "sddmm"}
 """Products of a linear layer, and their operations in the launch tables."""
@@ -135,9 +131,8 @@ def shipped(operation: str, block: int, problem: Problem | None = None) -> Case:
         return Case(operation, problem, tile, kernel, taps=taps)
     group = max(1, config.LANES // block)
     tail = "half" if key.loads == "tma" and group > 1 else "full"
-    tile = Tile(config.BM, group=group, tail=tail, even=_EVENLY)
-    passes = 1 if _EVENLY else 2
-    case = Case(operation, problem, tile, kernel, passes=passes, taps=taps)
+    tile = Tile(config.BM, group=group, tail=tail, even=True)
+    case = Case(operation, problem, tile, kernel, passes=1, taps=taps)
     return replace(case, parts=_shipped_parts(case))
 
 
@@ -155,8 +150,6 @@ def _entry(op: str, problem: Problem) -> tuple[tables.Key, Any]:
 def _shipped_parts(case: Case) -> int:
     lengths, tile, (bh, bw) = case.lengths(), case.tile, case.problem.block
     blocks, rows, steps = sum(lengths), len(lengths), -(-case.problem.M // tile.BM)
-    if not _EVENLY:
-        return int(launch.splits("sm90", blocks // tile.group + rows, steps))
     loads = (bh + tile.group * bw) * tile.BM * ELEMENT_BYTES[case.problem.kind]
     groups = launch.usual_groups(blocks, rows, tile.group)
     result = blocks * bh * bw
