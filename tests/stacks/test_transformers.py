@@ -124,8 +124,10 @@ def test_a_model_trains_as_its_masked_twin_and_comes_back(name, block, tmp_path)
         assert bool(((dense - wanted).abs() <= 2.0**-40 * wanted.abs().max()).all())
     back.save_pretrained(tmp_path / "dense")
     again = type(model).from_pretrained(tmp_path / "dense", dtype=torch.float64, **settings)
-    with torch.no_grad():
-        assert torch.equal(again(**given).logits, dense)
+    # the numbers; where they lie in memory decides about the last bit of a product
+    state, loaded = back.state_dict(), again.state_dict()
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
 
 
 def test_gpt2_becomes_what_it_was():
@@ -139,12 +141,13 @@ def test_gpt2_becomes_what_it_was():
 
 @pytest.mark.parametrize(
     ("name", "part", "why"),
-    [("mixtral", "experts", "experts have"), ("mamba", "x_proj", ""), ("gpt2", "wte", "shares")],
+    [("mixtral", "experts", "experts have"), ("mamba", "x_proj", "multiplies by its weight itself"), ("gpt2", "wte", "shares")],
 )
 def test_what_stays_dense_is_named(name, part, why):
     told = sk.summary(sk.sparsify_(MODELS[name](), 0.9)).dense
     found = [text for key, text in told.items() if part in key]
-    assert why == "" or (found and all(why in text for text in found))
+    assert found
+    assert all(why in text for text in found)
 
 
 def test_who_does_not_know_of_sparse_models_raises(tmp_path):
