@@ -141,7 +141,11 @@ def test_gpt2_becomes_what_it_was():
 
 @pytest.mark.parametrize(
     ("name", "part", "why"),
-    [("mixtral", "experts", "experts have"), ("mamba", "x_proj", "multiplies by its weight itself"), ("gpt2", "wte", "shares")],
+    [
+        ("mixtral", "experts", "experts have"),
+        ("mamba", "x_proj", "multiplies by its weight itself"),
+        ("gpt2", "wte", "shares"),
+    ],
 )
 def test_what_stays_dense_is_named(name, part, why):
     told = sk.summary(sk.sparsify_(MODELS[name](), 0.9)).dense
