@@ -117,12 +117,12 @@ def main() -> None:
 
 def write(found: dict[str, dict[str, Any]]) -> None:
     """Write the file; entries that differ in their key alone were compiled once."""
-    table = tables.table("sm90")
-    for key, config in table.items():
-        for other, same in table.items():
-            if same == config and key._replace(rows="") == other._replace(rows=""):
-                if str(other) in found:
-                    found.setdefault(str(key), found[str(other)])
+    table = {key: (key._replace(rows=""), config) for key, config in tables.table("sm90").items()}
+    for key, same in table.items():
+        twin = next((str(k) for k in table if table[k] == same and str(k) in found), None)
+        if twin is not None and str(key) not in found:
+            source = found[twin]["source"].replace(twin, str(key))
+            found[str(key)] = found[twin] | {"source": source}
     lines = [f'    "{key}": {json.dumps(found[key])}' for key in sorted(found)]
     FILE.write_text('{\n  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
