@@ -66,7 +66,7 @@ def test_cpu_equals_torch_exactly(cases):
 
 
 # interpreted kernels are slow, and have tables of cases of their own in tests/kernels
-INTERPRETED = int(os.environ.get("SPARSEKERN_CONV_CASES", "60"))
+INTERPRETED = int(os.environ.get("SPARSEKERN_CONV_CASES", "30"))
 
 
 @pytest.mark.parametrize(
