@@ -118,7 +118,7 @@ def measured(run, operands):
 # ---- linear
 
 FILLED = {
-    "bsr": (((64, 128), 16, 8), ("fp32", "fp16", "bf16"), "_bsr_{}_kernel"),
+    "bsr": (((64, 256), 16, 16), ("fp32", "fp16", "bf16"), "_bsr_{}_kernel"),
     "bsr-wide": (((64, 128), (32, 16), 8), ("fp32",), "_bsr_{}_kernel"),
     "tma": (((256, 256), 64, 2), ("fp16", "bf16"), "_bsr_{}_tma_kernel"),
     "tma-long": (((256, 512), (64, 64), 8), ("fp16",), "_bsr_{}_tma_kernel"),
