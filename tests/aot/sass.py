@@ -28,6 +28,16 @@ class Loop(NamedTuple):
 
 def loops(sass):
     """Innermost loops that hold HGMMA."""
+    return _innermost(sass, {"HGMMA"})
+
+
+def spills_in_loops(sass):
+    """Accesses to local memory in innermost loops around products, of any kind."""
+    found = _innermost(sass, {"HGMMA", "HMMA", "FFMA", "UTCHMMA", "UTCQMMA"})
+    return sum(loop.counts["STL"] + loop.counts["LDL"] for loop in found)
+
+
+def _innermost(sass, products):
     code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(sass)]
     place = {at: i for i, (at, _) in enumerate(code)}
     kinds = [kind(text) for _, text in code]
@@ -37,7 +47,7 @@ def loops(sass):
         target = int(branch[1], 16) if branch else at + 1
         # a branch from beyond the end of the program is a detour, not a loop
         body = kinds[place[target] : i] if target <= at and target in place else []
-        if "HGMMA" in body and "EXIT" not in body:
+        if products & set(body) and "EXIT" not in body:
             spans.append((place[target], i))
     inner = [
         (first, last)
