@@ -53,5 +53,12 @@ def add_parts(plan: plans.Plan, parts: torch.Tensor, out: torch.Tensor, *, ADD: 
     if kernel is not None:
         with torch.cuda.device_of(out):
             kernel[(triton.cdiv(out.numel(), _BLOCK),)](
-                *tensors, len(parts), out.numel(), ADD=ADD, BLOCK=_BLOCK, AT_ONCE=4, num_warps=4
+                *tensors,
+                len(parts),
+                out.numel(),
+                ADD=ADD,
+                BLOCK=_BLOCK,
+                AT_ONCE=4,
+                num_warps=4,
+                enable_fp_fusion=True,
             )

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sparsekern.show.output_files import replacing, write_whole
+
 STATED = "compiled.json"
 KEPT = (".cubin", ".json", ".so")
 LIST = "__grp__"
@@ -67,7 +69,7 @@ def facts() -> dict[str, Any]:
 def pack(folder: Path, archive: Path) -> int:
     """Write what a cache holds to a .tar.xz; returns its kernels."""
     kernels = 0
-    with tarfile.open(archive, "w:xz") as tar:
+    with replacing(archive) as file, tarfile.open(fileobj=file, mode="w:xz") as tar:
         _add(tar, STATED, json.dumps(facts(), indent=1).encode())
         for path in sorted(folder.glob("*/*")):
             name = path.relative_to(folder).as_posix()
@@ -94,7 +96,7 @@ def unpack(archive: Path, folder: Path) -> int:
     for path in folder.glob(f"*/{LIST}*"):
         files = json.loads(path.read_text())["child_paths"]
         here = {name: str(path.parent / name) for name in files}
-        path.write_text(json.dumps({"child_paths": here}))
+        write_whole(path, json.dumps({"child_paths": here}))
     return len(list(folder.glob("*/*.cubin")))
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu.model_launch import Kernel
 from sparsekern.kernels import tables
+from sparsekern.show.output_files import write_whole
 
 FILE = Path(__file__).with_name("model_figures.json")
 TESTS = Path(__file__).parents[2] / "tests"
@@ -124,7 +125,7 @@ def write(found: dict[str, dict[str, Any]]) -> None:
             source = found[twin]["source"].replace(twin, str(key))
             found[str(key)] = found[twin] | {"source": source}
     lines = [f'    "{key}": {json.dumps(found[key])}' for key in sorted(found)]
-    FILE.write_text('{\n  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n")
+    write_whole(FILE, '{\n  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
 if __name__ == "__main__":

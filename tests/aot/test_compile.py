@@ -79,7 +79,7 @@ def check_products(built, case):
         assert {int(w, 0) for w in widths} <= {8, 16}
 
 
-def check_waits(built):
+def check_waits(built, most=1):
     """Products of a warp group overlap with the loads: an iteration waits for them once.
 
     Otherwise ptxas puts a wait after each, and says so under C7514, C7515 and their like.
@@ -88,7 +88,7 @@ def check_waits(built):
     if "wgmma" in built.ptx:
         loops = sass.loops(built.sass)
         assert loops, "no loop around products"
-        assert {loop.waits for loop in loops} == {1}, f"waits {[loop.waits for loop in loops]}"
+        assert {loop.waits for loop in loops} <= {*range(1, most + 1)}, loops
 
 
 @pytest.mark.parametrize("case", list(compiled_cases()), ids=str)
@@ -97,7 +97,9 @@ def test_compiles_as_planned(case):
     check(built, case.arch)
     check_products(built, case)
     assert built.depth == plan.planned_depth(case), "pipeline depth"
-    check_waits(built)
+    # fp32 tiles that have to be transposed go through registers, a product at a time
+    turned = case.key[:2] == ("sddmm", "tf32") and case.key.loads == "tma"
+    check_waits(built, most=4 if turned else 1)
     locked = lock.read(release())
     if locked and lock.holds(release(), case):
         assert plan.figures(built) == locked[str(case)], "run `make lock` if this is meant"

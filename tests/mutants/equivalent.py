@@ -32,7 +32,13 @@ PROMOTED = "the first sum promotes the accumulator to fp32 (compiled, it is a ty
 SHIFT_FITS = "a tap's shift, counted in 16-byte loads, passes 2^31 in images of 2^33 elements alone"
 FEW_PARTS = "tokens are cut into parts only when a few hundred programs hold the whole output"
 
+ANY_DESCRIPTOR = "the interpreter takes descriptors of any alignment; tests/launch tells"
+
 EQUIVALENT = (
+    # bsr_conv2d_wgrad
+    Equivalent(
+        "bsr_conv2d_wgrad", "condition dropped", "whole or cut.parts > 1", None, ALWAYS_FP32
+    ),
     # bsr_spmm
     Equivalent(
         "_finish",
@@ -94,6 +100,22 @@ EQUIVALENT = (
     ),
     Equivalent("_cut", "condition dropped", "copied or tma_fits(x)", None, CHOICE),
     Equivalent(
+        "_cut",
+        "condition dropped",
+        "x.shape[1] % reduce == 0 and reduce * x.element_size() >= _TMA_ROW_BYTES"
+        " and tma_fits(values.view(-1, bw), y) and (copied or tma_fits(x))",
+        "x.shape[1] % reduce == 0 and reduce * x.element_size() >= _TMA_ROW_BYTES"
+        " and (copied or tma_fits(x))",
+        ANY_DESCRIPTOR,
+    ),
+    Equivalent(
+        "_cut",
+        "grid smaller",
+        "trans, compiled = (side.perm is not None, not is_interpreted(_bsr_spmm_kernel))",
+        None,
+        "no grid, and asked about compiled kernels alone",
+    ),
+    Equivalent(
         "_bsr_spmm_kernel", "condition dropped", "K_UNIT == 1 and (not TRANS)", None, CHOICE
     ),
     Equivalent("_cut", "constant", "0", "1", CHOICE, "x.shape[1] % reduce"),
@@ -123,6 +145,23 @@ EQUIVALENT = (
     Equivalent("_bsr_sddmm_tma_kernel", "constant", "2", "1", CHOICE, "_sum_blocks("),
     Equivalent(
         "bsr_sddmm", "constant", "0", "1", "a block has 256 elements at least", "dw.numel() > 0"
+    ),
+    Equivalent(
+        "_sum_blocks", "arithmetic", "hi - lo", "hi + lo", "stands in a branch that says the same"
+    ),
+    Equivalent(
+        "bsr_sddmm",
+        "condition dropped",
+        "out is not None and out.dtype in (storable, torch.float32)",
+        None,
+        "adds and rounds once either way; the interpreter's casts alone differ",
+    ),
+    Equivalent(
+        "_cut",
+        "condition dropped",
+        "min(block) >= _TMA_EDGE and M > 0 and all(map(_tma_fits, (dy, x)))",
+        None,
+        ANY_DESCRIPTOR,
     ),
     Equivalent("_cut", "comparison", "min(block) >= _TMA_EDGE", None, CHOICE),
     *(Equivalent("_cut", "name swapped", name, None, CHOICE, "find(") for name in ("min", "max")),
