@@ -193,9 +193,7 @@ def test_nothing_else_writes_files():
         for path in (ROOT / folder).rglob("*.py")
         if any(opened_to_write(path.read_text()))
     }
-    # the archive of compiled kernels is opened inside `replacing`
-    packed = {"benchmarks/gpu/compiled.py"}
-    assert writers == LOGS | packed | {"sparsekern/show/output_files.py"}
+    assert writers == LOGS | {"sparsekern/show/output_files.py"}
 
 
 def test_an_error_is_told_on_one_line():

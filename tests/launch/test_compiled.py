@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("launch.standin", exc_type=ImportError)  # before triton
+from launch.cases import EVERY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,6 +58,7 @@ def test_kernels_travel(tmp_path):
         assert again["launches"] == first["launches"] > 0
 
 
+@pytest.mark.skipif(not EVERY, reason="SPARSEKERN_LAUNCH=all runs it")
 def test_a_rehearsal_walks_through_a_part(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--rehearse"]
     done = subprocess.run(
