@@ -140,7 +140,7 @@ def _compare(everyone: list[dict[str, Any]], what: str, lacks: str | None) -> No
                 "pipeline stages do, can't share a method"
             )
         raise RankMismatchError(
-            f"layer {name!r} has another {what} on rank {rank} than on rank {other}: "
+            f"layer {name!r} has {_other(what)} on rank {rank} than on rank {other}: "
             f"digest {str(value)[:12]} against {str(right)[:12]}"
         )
 
@@ -255,3 +255,8 @@ def _missing(store: Any, meeting: int) -> list[int]:
 
 def _full(error: Exception) -> str:
     return "; ".join((told(error), *getattr(error, "__notes__", ())))
+
+
+def _other(what: str) -> str:
+    """Of one thing or of several, for messages."""
+    return f"other {what}" if what in ("values", "scores") else f"another {what}"
