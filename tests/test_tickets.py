@@ -29,6 +29,11 @@ def batch(seed=1, n=8):
     return torch.randn(n, 2, 6, 6, generator=g), torch.randint(5, (n,), generator=g)
 
 
+def every(_module, _name):
+    """Also what a module multiplies by itself."""
+    return True
+
+
 class Quadratic(nn.Module):
     """L = theta' A theta / 2, with theta the weight of a layer."""
 
@@ -45,7 +50,7 @@ class Quadratic(nn.Module):
 def test_grasp_has_the_sign_of_the_paper():
     # g = A theta = (0, -5); H g = (-5, -15); the paper's S = -theta (H g) = (5, -30)
     a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    scores = tickets.grasp(Quadratic(), [(a, a)], lambda y, _: y, temperature=1.0)
+    scores = tickets.grasp(Quadratic(), [(a, a)], lambda y, _: y, temperature=1.0, filter_fn=every)
     assert torch.equal(scores["layer"], torch.tensor([[-5.0, 30.0]]))
     assert torch.equal(tickets.top(scores, 0.5)["layer"], torch.tensor([[False, True]]))
 
@@ -53,14 +58,14 @@ def test_grasp_has_the_sign_of_the_paper():
 def test_grasp_sums_gradients_before_it_multiplies():
     a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     halves = [(a / 2, a), (a / 2, a)]
-    whole = tickets.grasp(Quadratic(), [(a, a)], lambda y, _: y, temperature=1.0)
-    parts = tickets.grasp(Quadratic(), halves, lambda y, _: y, temperature=1.0)
+    whole = tickets.grasp(Quadratic(), [(a, a)], lambda y, _: y, temperature=1.0, filter_fn=every)
+    parts = tickets.grasp(Quadratic(), halves, lambda y, _: y, temperature=1.0, filter_fn=every)
     assert torch.equal(whole["layer"], parts["layer"])
 
 
 def test_snip_is_gradient_times_weight():
     a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    scores = tickets.snip(Quadratic(), [(a, a)], lambda y, _: y)
+    scores = tickets.snip(Quadratic(), [(a, a)], lambda y, _: y, filter_fn=every)
     assert torch.equal(scores["layer"], torch.tensor([[0.0, 10.0]]))
 
 
