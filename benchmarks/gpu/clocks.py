@@ -32,6 +32,7 @@ class Clocks:
     def __init__(self) -> None:
         self._samples: list[Sample] = []
         self._process: subprocess.Popen[str] | None = None
+        self._reader = threading.Thread()
 
     def __enter__(self) -> Self:
         smi = shutil.which("nvidia-smi")
@@ -44,7 +45,9 @@ class Clocks:
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-            threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+            lines = self._process.stdout
+            self._reader = threading.Thread(target=self._read, args=(lines,), daemon=True)
+            self._reader.start()
         return self
 
     def __exit__(
@@ -56,12 +59,14 @@ class Clocks:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._reader.join()  # it has met the end, and closes the pipe
 
     def _read(self, lines: IO[str]) -> None:
-        for line in lines:
-            values = tuple(_number(text) for text in line.split(","))
-            if len(values) == len(FIELDS):
-                self._samples.append(Sample(time.monotonic(), values))
+        with lines:
+            for line in lines:
+                values = tuple(_number(text) for text in line.split(","))
+                if len(values) == len(FIELDS):
+                    self._samples.append(Sample(time.monotonic(), values))
 
     def since(self, begin: float) -> dict[str, float | None]:
         """Medians of what was read from a time on, and the slowest SM clock; else None."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsekern.errors import DtypeError, UnavailableError
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.topology import Topology
+from sparsekern.topology.blocks import Block
 
 _HOME, _NAME = "transformers.pytorch_utils", "Conv1D"
 
@@ -42,14 +43,23 @@ class SparseTransposedLinear(SparseLinear):
         return weight.t()
 
     @classmethod
-    def from_dense(cls, module: Any, **kwargs: Any) -> SparseTransposedLinear:
+    def from_dense(
+        cls,
+        module: Any,
+        *,
+        sparsity: float | None = None,
+        mask: Tensor | None = None,
+        block: Block = 1,
+        impl: str | None = None,
+    ) -> SparseTransposedLinear:
         """As `SparseLinear.from_dense`; `mask` has the shape (inputs, outputs) of the weight."""
         if not is_transposed(type(module)):
             raise DtypeError(f"`module` must be a {_HOME}.{_NAME}; got {type(module).__name__}")
-        mask = kwargs.pop("mask", None)
-        dense = _as_linear(module)
-        like = SparseLinear.from_dense(dense, mask=mask if mask is None else mask.t(), **kwargs)
-        return cls.from_topology(module, like.topology, impl=kwargs.get("impl"))
+        turned = mask if mask is None else mask.t()
+        like = SparseLinear.from_dense(
+            _as_linear(module), sparsity=sparsity, mask=turned, block=block, impl=impl
+        )
+        return cls.from_topology(module, like.topology, impl=impl)
 
     @classmethod
     def from_topology(
