@@ -9,6 +9,9 @@ from torch import nn
 import sparsekern as sk
 from sparsekern import tickets
 from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.nn.kinds import Weight
+from sparsekern.swap import Target, candidates
+from sparsekern.tickets.masks import block_masks
 
 
 def small(seed=0):
@@ -158,9 +161,6 @@ def test_shuffled_masks_keep_their_counts_and_nothing_else():
 def test_block_masks_are_whole_blocks_and_the_largest():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(4, 8, 3))
-    from sparsekern.swap import candidates
-    from sparsekern.tickets.masks import block_masks
-
     targets = {t.name: t for t in candidates(model, None, (), first_conv_stays=False)}
     for scope in ("global", "erk"):
         masks = block_masks(targets, 0.6, scope, (4, 4))
@@ -188,6 +188,7 @@ def test_bad_input_is_refused():
         (lambda: tickets.grasp(model, [(x, y)], ce, temperature=0), ConfigError, "temperature"),
         (lambda: tickets.synflow(model, x, 0.5, rounds=0), ConfigError, "rounds"),
         (lambda: tickets.synflow(model, y, 0.5), DtypeError, "example"),
+        (lambda: tickets.weights(nn.TransformerEncoderLayer(8, 2)), ConfigError, "q_proj"),
         (lambda: tickets.weights(nn.ReLU()), ConfigError, "no dense weight"),
         (lambda: tickets.weights(3), DtypeError, "nn.Module"),
         (lambda: tickets.random(model, generator=3), DtypeError, "Generator"),
@@ -195,3 +196,14 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(kind, match=text):
             call()
+
+
+def test_block_masks_of_a_transposed_weight_have_its_shape():
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(8, 8))
+    masks = {}
+    for transposed, parameter in ((False, nn.Parameter(w.detach().t().clone())), (True, w)):
+        target = Target("a", "a", nn.Linear(8, 8), Weight("", parameter, transposed=transposed))
+        masks[transposed] = block_masks({"a": target}, 0.5, "layer", (4, 2))["a"]
+    assert torch.equal(masks[True], masks[False].t())
+    assert not torch.equal(masks[True], masks[False])

@@ -30,7 +30,8 @@ def weights(
     """The dense weights that `sparsify_` would make sparse, with these arguments of it, by name.
 
     Raises:
-        ConfigError: there are none, or a pattern matches nothing.
+        ConfigError: there are none, a pattern matches nothing, or one is a part of the packed
+            weight of `nn.MultiheadAttention`.
         DtypeError: `model` is no module.
     """
     check_model(model)
@@ -40,6 +41,12 @@ def weights(
     }
     if not found:
         raise ConfigError("`model` has no dense weight that sparsify_ could make sparse")
+    parts = [name for name, weight in found.items() if not isinstance(weight, nn.Parameter)]
+    if parts:
+        raise ConfigError(
+            f"attention's matrices are parts of one parameter, which has no scores and no masks of "
+            f"its own here: give exclude={parts!r}, or sparsify_ the model without them"
+        )
     return {name: weight for name, weight in found.items() if isinstance(weight, nn.Parameter)}
 
 
@@ -112,7 +119,7 @@ def _mask_of(target: Target) -> Tensor:
         return torch.ones(target.shape, dtype=torch.bool, device=target.weight.parameter.device)
     matrix, shape = target.topology.to_mask(), target.shape
     if len(shape) == 2:
-        return matrix
+        return matrix.t() if target.weight.transposed else matrix
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 

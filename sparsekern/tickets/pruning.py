@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparsekern.carry.parallel import check_parallel
 from sparsekern.carry.resize import holders
 from sparsekern.carry.transaction import Append, Attribute, Copy, Write, commit
 from sparsekern.carry.wrappers import check_holds
@@ -19,6 +20,7 @@ from sparsekern.methods.change import LayerChange, UpdateRecord
 from sparsekern.methods.loop import Loop
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import check_int, resolve_end
+from sparsekern.nn.sharded import is_sharded
 from sparsekern.swap import Pattern, candidates, sparse_layers, sparsify_
 from sparsekern.swap.refuse import check_model
 from sparsekern.swap.shares import check_cut
@@ -83,7 +85,8 @@ class Pruning(Loop):
     dense training costs, plus one byte a weight. Then the layers turn sparse in memory by
     themselves, with values and optimizer state, and the rest of the training is cheap. Under
     DistributedDataParallel, FSDP or torch.compile, which count on the parameters, they stay masked,
-    which is logged: call `finish` where nothing wraps the model any more.
+    which is logged: call `finish` where nothing wraps the model any more. An average of the dense
+    model (EMA) can't follow into the sparse one: make it anew then.
 
     The masks need no place of their own in a saved state: they are where weights are not zero. So
     load the model and its optimizer's state together.
@@ -133,6 +136,7 @@ class Pruning(Loop):
         schedule = CubicSchedule(sparsity, t_start, end, update_freq, initial_sparsity)
         check_int("grad_accumulation", grad_accumulation, 1)
         optimizers = as_optimizers(optimizer)
+        check_parallel(model, optimizers)
         if sparse_layers(model):
             raise ConfigError(
                 "`model` has sparse layers already: pruning needs the dense phase before them "
@@ -140,6 +144,11 @@ class Pruning(Loop):
             )
         self.weights = weights(model, filter_fn, exclude)
         for name, weight in self.weights.items():
+            if is_sharded(weight):
+                raise ConfigError(
+                    f"the weight of layer {name!r} is sharded over ranks by FSDP2, which pruning "
+                    "can't follow: prune before fully_shard"
+                )
             check_holds(optimizers, name, weight)
         self.model, self.scope, self.block = model, scope, as_block(block)
         self._targets = {
