@@ -1,5 +1,6 @@
 """Names of other libraries: what they do here is what they do there."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 import sparsekern as sk
 from sparsekern.compat.masks import from_masked_, from_scipy, masks_of, sparsify_torchao_
 from sparsekern.compat.rigl_torch import RigLScheduler, masks_of_rigl_torch
-from sparsekern.errors import ConfigError, DtypeError, ShapeError
+from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
 
 DELTA, T_END, ALPHA = 4, 16, 0.3
 
@@ -247,3 +248,16 @@ def test_matrices_of_scipy(block):
     assert torch.equal(topology.unpack(values), torch.from_numpy(matrix.toarray()))
     with pytest.raises(DtypeError, match="CSR or BSR"):
         from_scipy(matrix.tocoo())
+
+
+def test_masks_that_fit_no_blocks_leave_the_model_as_it_was():
+    model = net()
+    layer = model[2]
+    prune.random_unstructured(layer, "weight", 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TopologyError):
+        from_masked_(model, block=4)
+    assert prune.is_pruned(layer)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -46,20 +47,27 @@ def from_masked_(model: nn.Module, *, block: Block = 1, optimizer: Any = None) -
 
     Raises:
         ConfigError: there is no mask in it.
-        ShapeError, TopologyError: a mask does not consist of blocks. Hooks and parametrizations
-            are gone then, with the masked weights in their place.
+        ShapeError, TopologyError: a mask does not consist of blocks. It was tried on a copy of the
+            model, which is as it was.
     """
     masks = masks_of(model)
     if not masks:
         raise ConfigError(
             "`model` has no mask: neither pruning hooks nor parametrizations with one"
         )
+    trial = _unmasked(copy.deepcopy(model))
+    sparsify_(trial, masks=masks, block=block)  # refuses what does not fit, on a copy
+    return sparsify_(_unmasked(model), masks=masks, block=block, optimizer=optimizer)
+
+
+def _unmasked(model: nn.Module) -> nn.Module:
+    """The same model without hooks and parametrizations, the masked weights in their place."""
     for module in list(model.modules()):
         for name in pruned_tensors(module):
             prune.remove(module, name)  # type: ignore[no-untyped-call]
         for name in _parametrized(module):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return sparsify_(model, masks=masks, block=block, optimizer=optimizer)
+    return model
 
 
 def sparsify_torchao_(
