@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.errors import ConfigError, DtypeError, ShapeError, TopologyError
+from sparsekern.nn.connections import topology_of_mask
+from sparsekern.nn.conv import matrix_of
 from sparsekern.nn.pruned import pruned_tensors
 from sparsekern.swap import sparsify_
 from sparsekern.topology import Topology
@@ -47,17 +49,27 @@ def from_masked_(model: nn.Module, *, block: Block = 1, optimizer: Any = None) -
 
     Raises:
         ConfigError: there is no mask in it.
-        ShapeError, TopologyError: a mask does not consist of blocks. It was tried on a copy of the
-            model, which is as it was.
+        ShapeError, TopologyError: a mask does not consist of blocks; nothing has changed then.
     """
     masks = masks_of(model)
     if not masks:
         raise ConfigError(
             "`model` has no mask: neither pruning hooks nor parametrizations with one"
         )
-    trial = _unmasked(copy.deepcopy(model))
-    sparsify_(trial, masks=masks, block=block)  # refuses what does not fit, on a copy
+    for name, mask in masks.items():
+        _check_blocks(name, model.get_submodule(name.rpartition(".")[0]), mask, block)
     return sparsify_(_unmasked(model), masks=masks, block=block, optimizer=optimizer)
+
+
+def _check_blocks(name: str, module: nn.Module, mask: Tensor, block: Block) -> None:
+    """Raise unless a mask is made of whole blocks."""
+    sizes: Any = getattr(module, "kernel_size", ())
+    groups: Any = getattr(module, "groups", 1)
+    try:
+        matrix = mask if mask.dim() == 2 else matrix_of(mask)
+        topology_of_mask(matrix, block, groups=groups, taps=math.prod(sizes))
+    except (ShapeError, TopologyError) as error:
+        raise type(error)(f"mask of {name!r}: {error}") from None
 
 
 def _unmasked(model: nn.Module) -> nn.Module:
