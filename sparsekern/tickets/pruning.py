@@ -84,7 +84,7 @@ class Pruning(Loop):
     zero from then on; the loop does not change. The training is dense until `t_end`: it costs what
     dense training costs, plus one byte a weight. Then the layers turn sparse in memory by
     themselves, with values and optimizer state, and the rest of the training is cheap. Under
-    DistributedDataParallel, FSDP or torch.compile, which count on the parameters, they stay masked,
+    DistributedDataParallel or torch.compile, which count on the parameters, they stay masked,
     which is logged: call `finish` where nothing wraps the model any more. An average of the dense
     model (EMA) can't follow into the sparse one: make it anew then.
 
