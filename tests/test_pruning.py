@@ -102,9 +102,10 @@ def test_after_it_the_training_is_static_and_sparse(name):
         step(model, optimizer, i)
         step(twin, other, i)
     for layer, w in zip(sk.sparse_layers(model).values(), masked.weights.values(), strict=True):
-        # twenty steps of float64 sums in another order: the topology is the same
-        assert torch.equal(layer.to_dense().weight != 0, w != 0)
-        assert torch.allclose(layer.to_dense().weight, w, rtol=1e-9, atol=1e-12)
+        dense = layer.to_dense().weight
+        assert torch.equal(dense != 0, w != 0)
+        # rounding errors of 2^-53 grow over 20 steps by far less than the 2^23 that is left
+        assert bool(((dense - w).abs() <= 2.0**-30 * w.abs().max()).all())
 
 
 @pytest.mark.parametrize("when", [1, 4, 8])
