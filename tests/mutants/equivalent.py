@@ -30,6 +30,7 @@ WORK = "the masks stop what the test would have skipped"
 ALWAYS_FP32 = "in the interpreter kernels store fp32 whatever the dtype"
 PROMOTED = "the first sum promotes the accumulator to fp32 (compiled, it is a type error)"
 SHIFT_FITS = "a tap's shift, counted in 16-byte loads, passes 2^31 in images of 2^33 elements alone"
+CARRIED = "the token's index is int64 and carries the sum; alone it needs rows of 2^31 numbers"
 FEW_PARTS = "tokens are cut into parts only when a few hundred programs hold the whole output"
 
 ANY_DESCRIPTOR = "the interpreter takes descriptors of any alignment; tests/launch tells"
@@ -262,6 +263,10 @@ EQUIVALENT = (
     ),
     # bsr_grow
     Equivalent("bsr_grow", "condition dropped", "M == 0 or R * C == 0", None, NO_SHAPE),
+    *(
+        Equivalent("_bsr_grow_kernel", "int64 dropped", f"{at}.to(tl.int64)", at, CARRIED)
+        for at in ("n0", "k0")
+    ),
     # csr_sddmm
     Equivalent("_csr_sddmm_kernel", "comparison", "lo < hi", "lo <= hi", WORK),
     Equivalent(
