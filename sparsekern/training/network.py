@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError
-from sparsekern.nn import SparseLayer, SparseLinear
 from sparsekern.swap import sparse_layers, sparsify_
 from sparsekern.training import zoo
 from sparsekern.training.config import DENSE, TrainConfig
 from sparsekern.training.data import CLASSES, Dataset, Images
+from sparsekern.training.topology_frames import counts, first_layer
 
 Widths = Callable[[int], int]
 """From the width of a layer, another one."""
@@ -129,15 +129,9 @@ def first_layer_connections(model: nn.Module, data: Dataset) -> Tensor | None:
 
     None unless the first layer that holds weights is fully connected to the image.
     """
-    weighted = (m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False)))
-    first = next(weighted, None)
-    if not isinstance(first, SparseLinear | nn.Linear) or not isinstance(data, Images):
+    if not isinstance(data, Images) or (first := first_layer(model, data.inputs)) is None:
         return None
-    if first.in_features != data.pixels:
-        return None
-    if isinstance(first, SparseLayer):
-        return first.mask().sum(0).cpu()
-    return torch.full((first.in_features,), first.out_features, device="cpu")
+    return counts(first)[0].view(data.channels, -1).sum(0)
 
 
 def _fully_connected(widths: tuple[int, ...]) -> nn.Module:
