@@ -129,7 +129,7 @@ def first_layer_connections(model: nn.Module, data: Dataset) -> Tensor | None:
 
     None unless the first layer that holds weights is fully connected to the image.
     """
-    if not isinstance(data, Images) or (first := first_layer(model, data.inputs)) is None:
+    if not isinstance(data, Images) or (first := first_layer(model, data.pixels)) is None:
         return None
     return counts(first)[0].view(data.channels, -1).sum(0)
 
