@@ -131,7 +131,7 @@ def first_layer_connections(model: nn.Module, data: Dataset) -> Tensor | None:
     """
     if not isinstance(data, Images) or (first := first_layer(model, data.pixels)) is None:
         return None
-    return counts(first)[0].view(data.channels, -1).sum(0)
+    return counts(first)[0]
 
 
 def _fully_connected(widths: tuple[int, ...]) -> nn.Module:
