@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -160,3 +161,8 @@ PRESETS = {
     ),
 }
 """A configuration by dataset: what the command line starts from."""
+
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "lenet_5": {"lr": 0.02, "epochs": 4, "sparsity": 0.9, "drop_fraction": 0.3},
+}
+"""What is different for a model by name: no rate suits all."""

@@ -105,8 +105,7 @@ class RunResult:
         return self.seconds / (self.weight_steps + self.update_batches)
 
     def learned(self, chance: float, samples: int) -> bool:
-        """Whether it is better than guessing: three standard deviations of chance above it, and
-        its loss fell.
+        """Whether its loss fell, and it is three standard deviations of chance above guessing.
 
         Args:
             chance: share of the test set's most common class.

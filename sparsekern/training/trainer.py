@@ -143,7 +143,7 @@ class Trainer:
             update_seconds=statistics.median(updates) if updates else None,
             connections=None if before is None or after is None else Connections(before, after),
             history=tuple(self.method.history) if self.method else (),
-            frames=self.frames and self.frames.to_json(),
+            frames=None if self.frames is None else self.frames.to_json(),
         )
 
     def step(self) -> Tensor:
@@ -260,9 +260,7 @@ class _Course:
     def _point(self, loss: float) -> None:
         trainer = self.trainer
         flops, nnz = self.meter.flops().training, sum(self.meter.nnz.values())
-        self.curve.append(
-            Point(trainer.done, self.seconds, flops, loss, trainer.validate(), nnz)
-        )
+        self.curve.append(Point(trainer.done, self.seconds, flops, loss, trainer.validate(), nnz))
 
 
 def _updates(method: object) -> int:
