@@ -11,7 +11,8 @@ from sparsekern.methods.rigl import RigL
 from sparsekern.methods.schedule import CubicSchedule, UpdateSchedule
 from sparsekern.methods.set import SET
 from sparsekern.methods.snfs import SNFS
-from sparsekern.methods.sources import Gradient, Random, Source
+from sparsekern.methods.source import Source
+from sparsekern.methods.sources import Gradient, Random
 from sparsekern.methods.static import Static
 from sparsekern.methods.update import TopologyUpdate
 

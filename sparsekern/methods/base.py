@@ -31,7 +31,7 @@ from sparsekern.methods.joining import check_joinable, led
 from sparsekern.methods.overrides import expect, naming
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
-from sparsekern.methods.sources import Source
+from sparsekern.methods.source import Source
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.init import bounds

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from sparsekern.errors import ConfigError
-from sparsekern.methods.sources import Source
+from sparsekern.methods.source import Source
 from sparsekern.nn import SparseLayer
 
 Counts = Mapping[str, int]

@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsekern.carry.optimizer_state import moving_state
 from sparsekern.errors import ConfigError
 from sparsekern.methods import ranks
-from sparsekern.methods.sources import Gradient, Observing
+from sparsekern.methods.source import Observing
+from sparsekern.methods.sources import Gradient
 from sparsekern.methods.update import grow_largest
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.ops.grow import stream_grow_scores
