@@ -51,9 +51,10 @@ def _add_task(train: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir",
         metavar="PATH",
-        help="for fashion-mnist, the folder of train-images-idx3-ubyte and its companions, .gz or "
-        "plain (Debian has them as the package dataset-fashion-mnist); for text, any file: its "
-        "bytes are the tokens, and its last tenth is held out",
+        help="for mnist and fashion-mnist, the folder of train-images-idx3-ubyte and its "
+        "companions, .gz or plain (Debian has fashion-mnist's as the package "
+        "dataset-fashion-mnist); for cifar-10, the folder or archive of its published files; for "
+        "text, any file: its bytes are the tokens, and its last tenth is held out",
     )
     group.add_argument(
         "--model",
@@ -92,6 +93,7 @@ def _add_training(train: argparse.ArgumentParser) -> None:
         help_text = _preset(option.replace("-", "_"))
         group.add_argument(f"--{option}", type=kind, metavar=option[0].upper(), help=help_text)
     group.add_argument("--optimizer", choices=OPTIMIZERS, help=_preset("optimizer"))
+    group.add_argument("--augment", action=argparse.BooleanOptionalAction, help=_preset("augment"))
     group.add_argument("--device", help="cpu or cuda; default: cpu")
     group.add_argument("--impl", choices=BACKENDS, help="default: chosen by device")
     group.add_argument(

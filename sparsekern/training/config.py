@@ -45,6 +45,7 @@ class TrainConfig:
         seeds: runs of each method, with seeds 0, 1, ...
         device: where to train.
         impl: of the sparse layers, see `sparsekern.ops.resolve`; None chooses.
+        augment: shift and mirror training images at random.
 
     Raises:
         ConfigError, DtypeError: a value is out of its domain; the text names it.
@@ -70,6 +71,7 @@ class TrainConfig:
     seeds: int = 3
     device: str = "cpu"
     impl: str | None = None
+    augment: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -133,6 +135,14 @@ PRESETS = {
     "digits": TrainConfig(sparsity=0.95, epochs=30, update_freq=20, weight_decay=2e-3),
     "fashion-mnist": TrainConfig(
         data="fashion-mnist", sparsity=0.98, drop_fraction=0.5, weight_decay=5e-4
+    ),
+    "mnist": TrainConfig(data="mnist", sparsity=0.98, drop_fraction=0.5, weight_decay=5e-4),
+    "cifar-10": TrainConfig(
+        data="cifar-10",
+        model="wide_resnet_22_2",
+        batch_size=128,
+        weight_decay=5e-4,
+        augment=True,
     ),
     "text": TrainConfig(
         data="text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,15 @@ from sparsekern.training.topology_frames import counts, first_layer
 
 
 def shaped(config: TrainConfig, data: Dataset) -> Dataset:
-    """The data as the model takes it: images as (n, 1, height, width), or rows of pixels.
+    """The data as the model takes it: images as (n, channels, height, width), or rows of pixels.
 
     Raises:
         ConfigError: the model's name leads to no function.
     """
-    if config.model is None or not isinstance(data, Images):
+    if not isinstance(data, Images):
+        return data
+    data = replace(data, augmented=config.augment)
+    if config.model is None:
         return data
     return data.with_channel() if zoo.takes_images(zoo.find(config.model)) else data
 
