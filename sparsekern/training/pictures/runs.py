@@ -152,12 +152,12 @@ def runs_in(content: Mapping[str, Any]) -> Runs:
     groups: Groups = {}
     failed: dict[str, None] = {}
     for i, saved in enumerate(_field(content, "runs", "the file")):
-        if saved.get("state") != "done":
-            failed[f"{saved.get('method')} (failed)"] = None
-            continue
         try:
+            if saved["state"] != "done":
+                failed[f"{saved['method']} (failed)"] = None
+                continue
             run = _run(saved)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"run {i}: expected a run of a result file; got: {error!r}") from error
         if run.learned:
             groups.setdefault(run.cell, []).append(run)
