@@ -403,7 +403,7 @@ def changed(field, value):
 BROKEN = {
     "no JSON": ("{", "expected a result file"),
     "a list": ("[]", "expected a result file"),
-    "format": (json.dumps(content() | {"format": 1}), "format 2"),
+    "format": (json.dumps(content() | {"format": 1}), "format 2; got format 1"),
     "no runs": (json.dumps({"format": 2, "data": {}, "task": {}, "dense": {}}), "runs"),
     "a field": (json.dumps(content({"state": "done"})), "run 0: expected a run"),
     "a score": (changed("test", 0.9), "run 0: expected a run"),

@@ -10,7 +10,7 @@ from typing import Any
 from sparsekern.cli import options
 from sparsekern.topology.blocks import as_block
 from sparsekern.training.pictures import gallery
-from sparsekern.training.pictures.runs import chosen, read
+from sparsekern.training.pictures.runs import chosen, runs_of
 
 
 def add_parser(commands: Any) -> None:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw, and say which files were written, and which pictures could not be made."""
     block = None if arguments.block is None else as_block(arguments.block)
     runs = chosen(
-        read(arguments.results),
+        runs_of(arguments.results),
         methods=arguments.methods,
         sparsity=arguments.sparsity,
         block=block,

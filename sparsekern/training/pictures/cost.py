@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from sparsekern.errors import ConfigError
-from sparsekern.training.pictures.runs import DENSE, Cell, Runs, best_rates, measure, score
+from sparsekern.training.config import DENSE
+from sparsekern.training.pictures.runs import Cell, Runs, best_rates, measure, score
 from sparsekern.training.pictures.style import (
     INK,
     Series,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsekern.errors import ConfigError, DataError
-
-DENSE = "dense"
-FORMAT = 2
-"""Of result files; see `sparsekern.training.results`."""
+from sparsekern.training.config import DENSE
+from sparsekern.training.results import DONE, read
 
 
 class Point(NamedTuple):
@@ -122,21 +119,13 @@ class Score(NamedTuple):
     spread: float
 
 
-def read(path: Path) -> Runs:
+def runs_of(path: Path) -> Runs:
     """The runs of a result file.
 
     Raises:
-        DataError: it can't be read, or is no result file of training, format 2.
+        DataError: it can't be read, or is no result file of training of this format.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected a result file of sparsekern train: {error}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise DataError(
-            f"{path}: expected a result file of sparsekern train, format {FORMAT}; got {found!r}"
-        )
+    content = read(path)
     try:
         return runs_in(content)
     except DataError as error:
@@ -153,7 +142,7 @@ def runs_in(content: Mapping[str, Any]) -> Runs:
     failed: dict[str, None] = {}
     for i, saved in enumerate(_field(content, "runs", "the file")):
         try:
-            if saved["state"] != "done":
+            if saved["state"] != DONE:
                 failed[f"{saved['method']} (failed)"] = None
                 continue
             run = _run(saved)
