@@ -21,12 +21,13 @@ from sparsekern.ops.dispatch import BACKENDS
 from sparsekern.show import output_files
 from sparsekern.show.progress import Progress
 from sparsekern.swap import sparse_layers
-from sparsekern.training import picture, recipes, report
+from sparsekern.training import recipes, report
 from sparsekern.training.config import MODEL_PRESETS, OPTIMIZERS, PRESETS, TrainConfig
 from sparsekern.training.data import DATASETS, Dataset, Images
 from sparsekern.training.grid import AXES, Cell, Grid, Spec
 from sparsekern.training.network import first_layer_connections
 from sparsekern.training.outcome import Connections
+from sparsekern.training.pictures import connections, style
 from sparsekern.training.results import DONE, ResultFile, heading
 from sparsekern.training.runs import Task, in_turn, side_by_side
 from sparsekern.training.trainer import Trainer, epoch_steps
@@ -314,7 +315,7 @@ def _show_results(
         drawn = _drawn(content["runs"])
         if drawn:
             with output_files.explained("picture", arguments.picture):
-                picture.draw(drawn, data.average, arguments.picture, facts)
+                connections.draw(drawn, data.average, arguments.picture, facts)
             sys.stdout.write(f"Picture of {drawn[0].method}: {arguments.picture}\n")
 
 
@@ -343,7 +344,7 @@ def _drawn(runs: Sequence[Mapping[str, Any]]) -> list[_Drawn]:
 def _check_files(arguments: argparse.Namespace) -> None:
     output_files.check({"json": arguments.json, "picture": arguments.picture})
     if arguments.picture:
-        picture.check_available()
+        style.check_available()
     if arguments.resume and not arguments.json:
         raise ConfigError("`resume` needs the file that it goes on from: give `json` too")
     if arguments.save is not None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sparsekern.errors import UnavailableError
-from sparsekern.training.data import DEMO_EXTRA
 from sparsekern.training.config import DENSE
+from sparsekern.training.data import DEMO_EXTRA
 from sparsekern.training.pictures.runs import Cell
 
 INK, FAINT = "0.15", "0.55"
