@@ -244,7 +244,7 @@ def test_bad_line_is_one_line(case, capsys):
 
 
 TYPOS = {
-    "data": (["--data", "mnist"], ["--data", "'mnist'", "fashion-mnist"]),
+    "data": (["--data", "emnist"], ["--data", "'emnist'", "fashion-mnist"]),
     "impl": (["--impl", "cublas"], ["--impl", "'cublas'", "triton"]),
     "block": (["--block", "16*16"], ["--block", "16x32", "'16*16'"]),
     "hidden": (["--hidden", "a"], ["--hidden", "300,100", "'a'"]),

@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.cli.main import parser as main_parser
 from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.nn.init import NONLINEARITIES, TORCH_GAIN, as_gain, fan_in
+from sparsekern.training.config import TrainConfig
+from sparsekern.training.data import Images
+from sparsekern.training.network import build
 
 HE = math.sqrt(2)
 FAMILIES = {
@@ -106,3 +110,29 @@ def test_other_gains_are_refused_before_anything_changes(gain, error, told):
     for init in ("keep", None):
         with pytest.raises(ConfigError, match="values that init='sparse' draws"):
             sk.sparsify_(model, 0.5, init=init, gain="relu")
+
+
+def test_the_command_line_hands_it_on():
+    command = main_parser().parse_args
+    line = ["train", "--data", "digits", "--gain"]
+    assert command([*line, "relu"]).gain == "relu"
+    assert command([*line, "0.5"]).gain == 0.5
+    x = torch.zeros(2, 64)
+    digits = Images(
+        name="digits",
+        classes=10,
+        train_x=x,
+        train_y=torch.zeros(2, dtype=torch.int64),
+        test_x=x,
+        test_y=torch.zeros(2, dtype=torch.int64),
+        image_shape=(8, 8),
+        average=torch.zeros(8, 8),
+    )
+    plain, scaled = (
+        next(iter(sk.sparse_layers(build(TrainConfig(gain=g), digits, "rigl", 0)).values()))
+        for g in (None, 4 * TORCH_GAIN)
+    )
+    assert torch.equal(4 * plain.values, scaled.values)
+    for wrong in ("gelu", 0.0):
+        with pytest.raises(ConfigError, match="`gain` must be"):
+            TrainConfig(gain=wrong)

@@ -30,7 +30,8 @@ def shaped(config: TrainConfig, data: Dataset) -> Dataset:
     """
     if not isinstance(data, Images):
         return data
-    data = replace(data, augmented=config.augment)
+    if config.augment:
+        data = replace(data, augmented=True)
     if config.model is None:
         return data
     return data.with_channel() if zoo.takes_images(zoo.find(config.model)) else data
