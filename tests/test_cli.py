@@ -18,10 +18,11 @@ from sparsekern.errors import (
     UnavailableError,
 )
 from sparsekern.show.environment import environment
-from sparsekern.training import data, picture, report
+from sparsekern.training import data, report
 from sparsekern.training.config import PRESETS, TrainConfig
 from sparsekern.training.grid import AXES
 from sparsekern.training.network import build
+from sparsekern.training.pictures import connections, style
 from sparsekern.training.results import FORMAT
 from sparsekern.training.trainer import run
 
@@ -125,7 +126,7 @@ def test_connections_are_sums_of_the_mask(block):
     assert not torch.equal(result.connections.end, result.connections.start)
     if block == 1:  # a block of a ragged column may hold less
         assert result.connections.end.sum() == result.layers[0].nnz
-    start, end = picture.mean_connections([result, result], (8, 8))
+    start, end = connections.mean_connections([result, result], (8, 8))
     assert start.shape == end.shape == (8, 8)
     assert torch.equal(start.flatten(), mask.sum(0).double())
 
@@ -243,7 +244,7 @@ def test_bad_line_is_one_line(case, capsys):
 
 
 TYPOS = {
-    "data": (["--data", "mnist"], ["--data", "'mnist'", "fashion-mnist"]),
+    "data": (["--data", "emnist"], ["--data", "'emnist'", "fashion-mnist"]),
     "impl": (["--impl", "cublas"], ["--impl", "'cublas'", "triton"]),
     "block": (["--block", "16*16"], ["--block", "16x32", "'16*16'"]),
     "hidden": (["--hidden", "a"], ["--hidden", "300,100", "'a'"]),
@@ -272,7 +273,7 @@ def test_missing_extra_is_named(package, tmp_path, monkeypatch, capsys):
 def test_picture_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UnavailableError, match="matplotlib"):
-        picture.check_available()
+        style.check_available()
 
 
 def test_a_log_gets_a_line_per_run(capsys):

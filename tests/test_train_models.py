@@ -113,6 +113,7 @@ def test_images_go_in_as_the_function_asks(digits):
     assert shaped(config(), digits).train_x.shape[1:] == (1, 8, 8)
     assert shaped(config(model="nets:flat"), digits).train_x.shape[1:] == (64,)
     assert shaped(config(model=None), digits) is digits
+    assert shaped(config(model=None, augment=True), digits).augmented
 
 
 # ---- text

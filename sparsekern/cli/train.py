@@ -21,12 +21,13 @@ from sparsekern.ops.dispatch import BACKENDS
 from sparsekern.show import output_files
 from sparsekern.show.progress import Progress
 from sparsekern.swap import sparse_layers
-from sparsekern.training import picture, recipes, report
+from sparsekern.training import recipes, report
 from sparsekern.training.config import MODEL_PRESETS, OPTIMIZERS, PRESETS, TrainConfig
 from sparsekern.training.data import DATASETS, Dataset, Images
 from sparsekern.training.grid import AXES, Cell, Grid, Spec
 from sparsekern.training.network import first_layer_connections
 from sparsekern.training.outcome import Connections
+from sparsekern.training.pictures import connections, style
 from sparsekern.training.results import DONE, ResultFile, heading
 from sparsekern.training.runs import Task, in_turn, side_by_side
 from sparsekern.training.trainer import Trainer, epoch_steps
@@ -57,9 +58,10 @@ def _add_task(train: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir",
         metavar="PATH",
-        help="for fashion-mnist, the folder of train-images-idx3-ubyte and its companions, .gz or "
-        "plain (Debian has them as the package dataset-fashion-mnist); for text, any file: its "
-        "bytes are the tokens, and its last tenth is held out",
+        help="for mnist and fashion-mnist, the folder of train-images-idx3-ubyte and its "
+        "companions, .gz or plain (Debian has fashion-mnist's as the package "
+        "dataset-fashion-mnist); for cifar-10, the folder or archive of its published files; for "
+        "text, any file: its bytes are the tokens, and its last tenth is held out",
     )
     group.add_argument(
         "--model",
@@ -89,7 +91,10 @@ def _add_task(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--distribution", choices=DISTRIBUTIONS, help=_preset("distribution"))
     group.add_argument(
-        "--gain", type=float, metavar="G", help="of fresh sparse values; default: torch's own"
+        "--gain",
+        type=_number_or_name,
+        metavar="G",
+        help="of fresh sparse values: a number, or relu for He's sqrt(2); default: torch's own",
     )
 
 
@@ -128,6 +133,7 @@ def _add_training(train: argparse.ArgumentParser) -> None:
         help="of the training samples, kept out of training to choose by; default: 0.1",
     )
     group.add_argument("--optimizer", choices=OPTIMIZERS, help=_preset("optimizer"))
+    group.add_argument("--augment", action=argparse.BooleanOptionalAction, help=_preset("augment"))
     group.add_argument("--device", help="cpu or cuda; default: cpu")
     group.add_argument("--impl", choices=BACKENDS, help="default: chosen by device")
     group.add_argument(
@@ -166,6 +172,13 @@ def _add_output(train: argparse.ArgumentParser) -> None:
         help="keep the first layer's connections after each update, for a movie",
     )
     group.add_argument("--quiet", action="store_true", help="no progress, only the results")
+
+
+def _number_or_name(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _preset(field: str) -> str:
@@ -302,7 +315,7 @@ def _show_results(
         drawn = _drawn(content["runs"])
         if drawn:
             with output_files.explained("picture", arguments.picture):
-                picture.draw(drawn, data.average, arguments.picture, facts)
+                connections.draw(drawn, data.average, arguments.picture, facts)
             sys.stdout.write(f"Picture of {drawn[0].method}: {arguments.picture}\n")
 
 
@@ -331,7 +344,7 @@ def _drawn(runs: Sequence[Mapping[str, Any]]) -> list[_Drawn]:
 def _check_files(arguments: argparse.Namespace) -> None:
     output_files.check({"json": arguments.json, "picture": arguments.picture})
     if arguments.picture:
-        picture.check_available()
+        style.check_available()
     if arguments.resume and not arguments.json:
         raise ConfigError("`resume` needs the file that it goes on from: give `json` too")
     if arguments.save is not None:

@@ -11,6 +11,7 @@ import torch
 from sparsekern.distribution import DISTRIBUTIONS
 from sparsekern.errors import ConfigError, DeviceError, DtypeError
 from sparsekern.methods import UpdateSchedule
+from sparsekern.nn.init import as_gain
 from sparsekern.ops.dispatch import check_impl
 from sparsekern.topology.blocks import Block, as_block, check_sparsity
 from sparsekern.training.data import DATASETS
@@ -48,10 +49,11 @@ class TrainConfig:
         multiplier: times `epochs`; schedules of learning rate and topology stretch with it.
         validation: share of the training samples that is kept out of training, to choose by;
             which ones depends on the data alone.
-        gain: of fresh sparse values, see `sparsify_`; None is torch's own.
+        gain: of fresh sparse values, a number or "relu", see `sparsify_`; None is torch's own.
         seeds: runs of each method, with seeds 0, 1, ...
         device: where to train.
         impl: of the sparse layers, see `sparsekern.ops.resolve`; None chooses.
+        augment: shift and mirror training images at random.
 
     Raises:
         ConfigError, DtypeError: a value is out of its domain; the text names it.
@@ -76,10 +78,11 @@ class TrainConfig:
     drop_fraction: float = 0.3
     multiplier: float = 1.0
     validation: float = 0.0
-    gain: float | None = None
+    gain: float | str | None = None
     seeds: int = 3
     device: str = "cpu"
     impl: str | None = None
+    augment: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -104,8 +107,7 @@ class TrainConfig:
         _check_number("weight_decay", self.weight_decay, 0)
         _check_number("multiplier", self.multiplier, math.ulp(0))
         _check_number("validation", self.validation, 0, 1)
-        if self.gain is not None:
-            _check_number("gain", self.gain, math.ulp(0))
+        as_gain(self.gain)
         check_sparsity(self.sparsity)
         as_block(self.block)
         check_impl(self.impl)
@@ -148,6 +150,14 @@ PRESETS = {
     "digits": TrainConfig(sparsity=0.95, epochs=30, update_freq=20, weight_decay=2e-3),
     "fashion-mnist": TrainConfig(
         data="fashion-mnist", sparsity=0.98, drop_fraction=0.5, weight_decay=5e-4
+    ),
+    "mnist": TrainConfig(data="mnist", sparsity=0.98, drop_fraction=0.5, weight_decay=5e-4),
+    "cifar-10": TrainConfig(
+        data="cifar-10",
+        model="wide_resnet_22_2",
+        batch_size=128,
+        weight_decay=5e-4,
+        augment=True,
     ),
     "text": TrainConfig(
         data="text",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,16 @@ Widths = Callable[[int], int]
 
 
 def shaped(config: TrainConfig, data: Dataset) -> Dataset:
-    """The data as the model takes it: images as (n, 1, height, width), or rows of pixels.
+    """The data as the model takes it: images as (n, channels, height, width), or rows of pixels.
 
     Raises:
         ConfigError: the model's name leads to no function.
     """
-    if config.model is None or not isinstance(data, Images):
+    if not isinstance(data, Images):
+        return data
+    if config.augment:
+        data = replace(data, augmented=True)
+    if config.model is None:
         return data
     return data.with_channel() if zoo.takes_images(zoo.find(config.model)) else data
 
@@ -129,9 +134,9 @@ def first_layer_connections(model: nn.Module, data: Dataset) -> Tensor | None:
 
     None unless the first layer that holds weights is fully connected to the image.
     """
-    if not isinstance(data, Images) or (first := first_layer(model, data.pixels)) is None:
+    if not isinstance(data, Images) or (first := first_layer(model, data.inputs)) is None:
         return None
-    return counts(first)[0]
+    return counts(first)[0].view(data.channels, -1).sum(0)
 
 
 def _fully_connected(widths: tuple[int, ...]) -> nn.Module:

@@ -131,7 +131,7 @@ def _frames(trainer: Trainer) -> TopologyFrames | None:
     data = trainer.data
     if not isinstance(data, Images):
         return None
-    frames = TopologyFrames(data.image_shape)
+    frames = TopologyFrames(data.image_shape, data.channels)
     return frames if frames.can_see(trainer.model) else None
 
 

@@ -59,7 +59,7 @@ def imported(option: str, spec: str, module: str, name: str) -> Any:
 
 
 def takes_images(function: Callable[..., nn.Module]) -> bool:
-    """Whether the model wants (n, 1, height, width): its function has a parameter `in_channels`.
+    """Whether the model wants (n, channels, height, width): it has a parameter `in_channels`.
 
     Any other model gets images as rows of pixels.
     """
@@ -110,7 +110,7 @@ def _offered(data: Dataset) -> dict[str, Any]:
         return {"vocab": data.classes, "seq_len": data.train_x.shape[1]}
     height, width = data.image_shape
     edge = height if height == width else (height, width)
-    return {"classes": data.classes, "in_channels": 1, "image_size": edge}
+    return {"classes": data.classes, "in_channels": data.channels, "image_size": edge}
 
 
 def _check_fits(model: nn.Module, called: str, data: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""The picture of a run: connections move from the empty edge of the image to where the ink is.
+"""The picture of one method: connections move from the empty edge of the image to where the ink is.
 
 After the figure in the RigL authors' blog post: how many connections leave each input pixel, before
 and after training, beside the average image.
@@ -13,12 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparsekern.errors import ConfigError, UnavailableError
+from sparsekern.errors import ConfigError
 from sparsekern.show.output_files import write_figure
-from sparsekern.training.data import DEMO_EXTRA
 from sparsekern.training.outcome import Connections
-
-_NAMES = {"rigl": "RigL", "set": "SET", "static": "Static", "dense": "Dense"}
+from sparsekern.training.pictures.style import check_available, look
 
 
 class Drawn(Protocol):
@@ -31,14 +29,6 @@ class Drawn(Protocol):
     @property
     def connections(self) -> Connections | None:
         """Before and after training."""
-
-
-def check_available() -> None:
-    """Raise `UnavailableError` unless matplotlib can be imported."""
-    try:
-        import matplotlib as mpl  # noqa: F401, PLC0415  an optional extra
-    except ImportError as error:
-        raise UnavailableError(f"a picture needs matplotlib: {DEMO_EXTRA}") from error
 
 
 def draw(results: Sequence[Drawn], average: Tensor, path: Path, subtitle: str = "") -> None:
@@ -96,7 +86,7 @@ def mean_connections(
 
 
 def _titles(figure: Any, results: Sequence[Drawn], subtitle: str) -> None:
-    name = _NAMES.get(results[0].method, results[0].method)
+    name = look(results[0].method).label
     figure.suptitle(f"{name}: connections from the image into the first layer", fontsize=14)
     if subtitle:
         figure.supxlabel(subtitle, fontsize=9, color="0.35")
