@@ -78,18 +78,12 @@ def conv_accuracy(results: dict[str, Any]) -> str:
 
 def methods(results: dict[str, Any]) -> str:
     """What `sparsekern train` prints, and what it was made with."""
-    rows, task = report.rows(results), results["task"]
-    made = results["environment"]
-    lines = [*report.as_markdown(rows, bits=report.in_bits(results)), ""]
-    return "\n".join(
-        [
-            *lines,
-            f"{task['epochs']} epochs of {results['data']['train']:,} samples, "
-            f"{rows[-1].runs} seeds; "
-            f"{made['processor']}, {task['threads']} thread, commit {made['commit']}, "
-            f"{made['date']}.",
-        ]
+    rows, task, made = report.rows(results), results["task"], results["environment"]
+    how = (
+        f"{task['epochs']} epochs of {results['data']['train']:,} samples, {rows[-1].runs} seeds, "
+        f"{task['threads']} thread; {made['processor']}, commit {made['commit']}, {made['date']}."
     )
+    return "\n".join([*report.as_markdown(rows, bits=report.in_bits(results)), "", how])
 
 
 def char_lm(results: dict[str, Any]) -> str:

@@ -217,10 +217,10 @@ def _check(grid: Grid, data: Dataset, *, picture_wanted: bool) -> str:
     what = f"{grid.config.data}, {_architecture(trainer)}, {grid.config.epochs} epochs"
     if not layers:
         return f"{what}: dense at first"
+    blocks = _listed([train_options.show(block).replace(",", "x") for block in grid.blocks])
     return (
-        f"{what}, sparsity {_listed(grid.sparsities)} ({grid.config.distribution}, block "
-        f"{_listed([train_options.show(b).replace(',', 'x') for b in grid.blocks])}), impl {told}; density: "
-        f"{_densities(layers)}"
+        f"{what}, sparsity {_listed(grid.sparsities)} ({grid.config.distribution}, block {blocks}), "
+        f"impl {told}; density: {_densities(layers)}"
     )
 
 
