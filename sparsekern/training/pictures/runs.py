@@ -247,6 +247,28 @@ def chosen(
     return runs._replace(groups=groups)
 
 
+def one_setting(runs: Runs) -> tuple[Runs, str]:
+    """The runs of the first sparsity, block and length, and in words what is left out.
+
+    Methods can be told apart by colour then; dense runs of another length are left out too.
+    """
+
+    def setting(cell: Cell) -> tuple[Any, ...]:
+        return (cell.sparsity, cell.block, cell.multiplier)
+
+    sparse = dict.fromkeys(setting(cell) for cell in runs.groups if cell.method != DENSE)
+    if len(sparse) < 2:
+        return runs, ""
+    first = next(iter(sparse))
+    kept = {
+        cell: group
+        for cell, group in runs.groups.items()
+        if setting(cell) == first or (cell.method == DENSE and cell.multiplier == first[2])
+    }
+    told = f"the first of {len(sparse)} settings; --sparsity, --block and --multiplier choose"
+    return runs._replace(groups=kept), told
+
+
 def best_rates(runs: Runs) -> Runs:
     """Of several learning rates the one that is best on the validation split.
 
