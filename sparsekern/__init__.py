@@ -28,7 +28,7 @@ from sparsekern.errors import (
     UnavailableError,
     WeightError,
 )
-from sparsekern.methods import SET, Method, RigL, Static
+from sparsekern.methods import DSR, SET, SNFS, GraNet, Method, RigL, RigLSG, RigLSM, Static
 from sparsekern.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -50,7 +50,9 @@ from sparsekern.topology import Topology
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "SET",
+    "SNFS",
     "AverageError",
     "Budget",
     "CheckpointError",
@@ -58,6 +60,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "DtypeError",
+    "GraNet",
     "IncompleteError",
     "MeasurementError",
     "Method",
@@ -68,6 +71,8 @@ __all__ = [
     "RankMismatchError",
     "Report",
     "RigL",
+    "RigLSG",
+    "RigLSM",
     "SavedLayer",
     "ShapeError",
     "SparseConv1d",

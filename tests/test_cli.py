@@ -282,7 +282,7 @@ def test_a_log_gets_a_line_per_run(capsys):
     out, err = capsys.readouterr()
     assert [text.split(":")[0] for text in err.splitlines()] == [
         "[1/2] dense, seed 0",
-        "[2/2] static 0.9, block 4x8, seed 0",
+        "[2/2] static 0.9, b4x8, seed 0",
     ]
     assert all(re.search(r"in \d+\.\d s; \d+ s so far", text) for text in err.splitlines())
     assert "about" in err.splitlines()[0]

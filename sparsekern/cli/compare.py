@@ -80,4 +80,4 @@ def _sources(contents: Mapping[Path, Mapping[str, Any]]) -> list[str]:
         runs = Counter(run["state"] for run in content["runs"])
         counted = ", ".join(f"{count} runs {state}" for state, count in runs.items())
         lines.append(f"[{i}] {path}: {counted}{text}.")
-    return [*lines, "x: against dense training of the same file."]
+    return [*lines, "FLOPs against dense training of the same file."]

@@ -1,25 +1,50 @@
 """Sparse training methods, each on top of schedule, source, budget, update and carry."""
 
+from sparsekern.methods.arguments import Arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.change import LayerChange, UpdateRecord
+from sparsekern.methods.dsr import DSR
+from sparsekern.methods.granet import GraNet
+from sparsekern.methods.momentum import Momentum, OptimizerMomentum
+from sparsekern.methods.redistribution import RigLSG, RigLSM
 from sparsekern.methods.rigl import RigL
-from sparsekern.methods.schedule import UpdateSchedule
+from sparsekern.methods.schedule import CubicSchedule, UpdateSchedule
 from sparsekern.methods.set import SET
-from sparsekern.methods.sources import Gradient, Random, Source
+from sparsekern.methods.snfs import SNFS
+from sparsekern.methods.source import Source
+from sparsekern.methods.sources import Gradient, Random
 from sparsekern.methods.static import Static
 from sparsekern.methods.update import TopologyUpdate
 
-METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL}
+METHODS: dict[str, type[Method]] = {
+    "static": Static,
+    "set": SET,
+    "rigl": RigL,
+    "snfs": SNFS,
+    "rigl-sg": RigLSG,
+    "rigl-sm": RigLSM,
+    "dsr": DSR,
+    "granet": GraNet,
+}
 """Methods by the name the command line uses."""
 
 __all__ = [
+    "DSR",
     "METHODS",
     "SET",
+    "SNFS",
+    "Arguments",
+    "CubicSchedule",
+    "GraNet",
     "Gradient",
     "LayerChange",
     "Method",
+    "Momentum",
+    "OptimizerMomentum",
     "Random",
     "RigL",
+    "RigLSG",
+    "RigLSM",
     "Source",
     "Static",
     "TopologyUpdate",

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sparsekern.errors import ConfigError
 from sparsekern.methods.change import LayerChange, UpdateRecord
@@ -31,21 +32,24 @@ class Progress(NamedTuple):
         last_update: weight step of the last update, or None.
         history: of all updates; None where it is not known.
         connections: digest of all topologies that the optimizer's state belongs to, or None.
+        own: tensors of the method's own, by name, such as SNFS's momentum; empty for most.
     """
 
     weight_steps: int
     last_update: int | None
     history: list[UpdateRecord] | None
     connections: str | None = None
+    own: Mapping[str, Tensor] = {}
 
 
 def encode(progress: Progress) -> dict[str, Any]:
-    """As numbers, strings, lists and dicts; random streams follow from the weight step."""
+    """As plain data, and tensors if it has some; random streams follow from the weight step."""
     history = [
         [record.step, record.fraction, {n: list(c) for n, c in record.layers.items()}]
         for record in progress.history or ()
     ]
-    return {**short(progress), "history": history}
+    own = {"own": dict(progress.own)} if progress.own else {}
+    return {**short(progress), "history": history, **own}
 
 
 def short(progress: Progress) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def decode(state: object) -> Progress:
         ConfigError: keys are missing or unknown, or a value is not what it should be.
     """
     keys = sorted(map(str, state)) if isinstance(state, Mapping) else state
-    known = {*NEEDED, "history", "connections"}
+    known = {*NEEDED, "history", "connections", "own"}
     if not isinstance(state, Mapping) or not (set(NEEDED) <= set(state) <= known):
         raise ConfigError(
             f"method state must have keys weight_steps, last_update and history; got {keys!r}"
@@ -87,7 +91,7 @@ def decode(state: object) -> Progress:
             f"`connections` of a method state must be a digest; got {connections!r:.60}"
         )
     history = _history(state["history"]) if "history" in state else None
-    return Progress(steps, last, history, connections)
+    return Progress(steps, last, history, connections, _own(state.get("own", {})))
 
 
 def find(chains: Iterable[Sequence[torch.optim.Optimizer]]) -> object:
@@ -102,6 +106,12 @@ def find(chains: Iterable[Sequence[torch.optim.Optimizer]]) -> object:
 def in_group(groups: Sequence[Mapping[str, Any]]) -> object:
     """The entry of parameter groups, or None."""
     return groups[0].get(ENTRY) if groups else None
+
+
+def _own(data: object) -> dict[str, Tensor]:
+    if not (isinstance(data, Mapping) and all(isinstance(t, Tensor) for t in data.values())):
+        raise ConfigError(f"`own` of a method state must hold tensors by name; got {data!r:.80}")
+    return {str(name): tensor for name, tensor in data.items()}
 
 
 def _history(data: object) -> list[UpdateRecord]:

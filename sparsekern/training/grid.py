@@ -34,17 +34,17 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The method, with what is not plain: "rigl, block 16, 5x"."""
-        return self.method + self._not_plain()
+        """The method, with what is not plain: "rigl, b16, 5x"; a class without its module."""
+        return self.method.rpartition(":")[2] + self._not_plain()
 
     def _not_plain(self) -> str:
         bh, bw = self.block
-        block = "" if self.block == (1, 1) else f", block {bh if bh == bw else f'{bh}x{bw}'}"
+        block = "" if self.block == (1, 1) else f", b{bh if bh == bw else f'{bh}x{bw}'}"
         return block + ("" if self.multiplier == 1 else f", {self.multiplier:g}x")
 
     @property
     def full_name(self) -> str:
-        """The same with its sparsity: "rigl 0.98, block 16"."""
+        """The same with its sparsity: "rigl 0.98, b16"."""
         sparsity = f" {self.sparsity:.4g}" if self.sparsity else ""
         return self.method + sparsity + self._not_plain()
 

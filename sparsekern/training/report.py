@@ -160,8 +160,8 @@ def cells(found: Sequence[Row], longest: int, *, bits: bool) -> list[tuple[str, 
     """
     unit = "bits" if bits else "%"
     table = [
-        ("", "", "valid.", "test", "training", "inference", "held", "step"),
-        ("method", "sparsity", unit, unit, "FLOPs x", "FLOPs x", "bytes", "ms"),
+        ("", "spar-", "valid", "test", "FLOPs", "FLOPs", "held", "step"),
+        ("method", "sity", unit, unit, "train", "infer", "bytes", "ms"),
         *(_cells(row, longest, bits=bits) for row in found),
     ]
     several = len({row.sparsity for row in found if row.sparsity}) > 1
@@ -211,13 +211,15 @@ def notes(content: Content, found: Sequence[Row]) -> list[str]:
     most = max((row.runs for row in found), default=0)
     runs = "One seed" if most == 1 else f"Mean ± standard deviation of {most} seeds"
     text = [
-        f"{runs}; x: against dense training at its plain length, "
+        f"{runs}; FLOPs against dense training at its plain length, "
         f"{content['dense']['inference']:,} FLOPs per {data['sample']} in inference, "
         f"{content['dense']['training']:.3g} in training. {FLOP_CONVENTION}.",
     ]
+    if any(", b" in row.name for row in found):
+        text.append("b: the edge of a block, or outputs x inputs.")
     if data["validation"]:
         text.append(
-            f"valid.: {data['validation']:,} training samples that no weight was trained on, to "
+            f"valid: {data['validation']:,} training samples that no weight was trained on, to "
             "choose by; the test set is looked at once, after the last step."
         )
     if in_bits(content):
@@ -225,7 +227,7 @@ def notes(content: Content, found: Sequence[Row]) -> list[str]:
             f"Unigram entropy of the test text: {data['unigram_entropy']:.3f} bits per character, "
             "the best that a model without context can do."
         )
-    return [*text, *_rates(content, found), *_troubles(found, data), *_speed(content, found)]
+    return [*text, *_rates(content, found), *_troubles(content, found), *_speed(content, found)]
 
 
 def _rates(content: Content, found: Sequence[Row]) -> list[str]:
@@ -236,8 +238,8 @@ def _rates(content: Content, found: Sequence[Row]) -> list[str]:
     return [f"Learning rates, the best in validation of {sorted(tried)}: {chosen}."]
 
 
-def _troubles(found: Sequence[Row], data: Mapping[str, Any]) -> list[str]:
-    text = []
+def _troubles(content: Content, found: Sequence[Row]) -> list[str]:
+    text, data = [], content["data"]
     chance = 100 * data["most_common"]
     if idle := [row for row in found if row.learned < row.runs]:
         which = ", ".join(f"{row.name} ({row.runs - row.learned} of {row.runs})" for row in idle)
@@ -245,10 +247,10 @@ def _troubles(found: Sequence[Row], data: Mapping[str, Any]) -> list[str]:
             f"* did not learn: {which}. Its accuracy is near chance ({chance:.1f} %), or its loss "
             "did not fall. Try another --lr, or more --epochs."
         )
-    for row in found:
-        for error in dict.fromkeys(row.failed):
-            count = row.failed.count(error)
-            text.append(f"{row.name}: {count} of {row.runs + len(row.failed)} runs failed: {error}")
+    for run in content["runs"]:
+        if run["state"] != DONE:
+            cell, seed = Spec.of_json(run)
+            text.append(f"{cell.full_name}, lr {cell.lr:g}, seed {seed} failed: {run['error']}")
     most = max((row.runs for row in found), default=0)
     text += [
         f"{row.name}: {row.runs} of {most} seeds are done."
