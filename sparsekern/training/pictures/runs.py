@@ -198,8 +198,8 @@ def _point(saved: Mapping[str, Any]) -> Point:
     return Point(int(saved["step"]), float(saved["seconds"]), float(saved["loss"]), accuracy)
 
 
-FACTS = ("outputs", "live_outputs", "inputs", "live_inputs", "fan_in_median", "fan_in_max")
-"""The fields of `TopologyFacts`, which JSON may hold as a list."""
+FACTS = ("outputs", "live_outputs", "inputs", "live_inputs", "fan_in_median", "fan_in_max", "nnz")
+"""The fields of `TopologyFacts`, which JSON may hold as a list; the last may be missing."""
 
 
 def _update(saved: Mapping[str, Any]) -> Update:
