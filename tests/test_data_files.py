@@ -129,6 +129,20 @@ def test_a_pickle_that_ends_early(cut):
         read(ARRAY[:cut])
 
 
+def test_a_pickle_with_changed_bytes_loads_or_is_refused():
+    whole = python_file(*batch())
+    generator = rng()
+    starts = [*range(60), *range(len(whole) - 200, len(whole))]  # where opcodes are
+    for _ in range(300):
+        content = bytearray(whole)
+        for at in generator.choice(starts, 2):
+            content[at] = generator.integers(256)
+        try:
+            read(bytes(content))
+        except DataError:
+            continue
+
+
 @pytest.mark.parametrize("opcode", [b"\x8e", b"\x8d", b"\x96", b"T"])
 def test_a_length_that_lies_takes_no_memory(opcode):
     length = struct.pack("<i", 2**31 - 1) if opcode == b"T" else struct.pack("<Q", 2**40)

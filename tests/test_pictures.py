@@ -247,6 +247,25 @@ def test_only_some_runs():
         runs.chosen(whole, multiplier=5.0)
 
 
+def test_curves_and_layers_show_one_setting():
+    every = [run("dense", multiplier=2.0), *grid(seeds=1), *grid(("rigl",), 1, sparsity=0.98)]
+    made = curves.draw_curves(of(*every))
+    assert len(made.axes[0].lines) == 4  # dense of the same length, and three methods at 0.9
+    assert made.get_suptitle().endswith("sparsity 0.9")
+    assert "the first of 2 settings; --sparsity" in made.get_supxlabel()
+    made = layers.draw_layers(of(*every))
+    assert [a.get_title() for a in made.axes if a.get_title()] == ["SET", "RigL"]
+    assert "the first of 2 settings" in made.get_supxlabel()
+
+
+def test_more_settings_than_dashes_are_refused():
+    every = [run("rigl", block=(1, b), lr=lr) for b in (1, 2, 4) for lr in (0.1, 0.2, 0.3)]
+    for one in every:
+        one["validation"] = None  # else one rate is chosen
+    with pytest.raises(ConfigError, match="at most 8 settings apart, by dashes; got 9"):
+        cost.draw_cost(of(*every))
+
+
 def test_text_is_measured_in_bits():
     text = run("rigl", test={"accuracy": 0.4, "bits": 2.5})
     made = cost.draw_cost(of(text))

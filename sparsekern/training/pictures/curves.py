@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsekern.errors import ConfigError
-from sparsekern.training.pictures.runs import Cell, Point, Run, Runs, best_rates
+from sparsekern.training.pictures.runs import Cell, Point, Run, Runs, best_rates, one_setting
 from sparsekern.training.pictures.style import (
     INK,
     Series,
@@ -27,14 +27,15 @@ def draw_curves(runs: Runs) -> Any:
     Raises:
         ConfigError: there is no curve with two points.
     """
-    runs = best_rates(runs)
+    runs, others = one_setting(best_rates(runs))
     drawn = {c: group for c, group in runs.groups.items() if len(group[0].curve) >= FEWEST}
     if not drawn:
         raise ConfigError("loss over time needs runs with two points or more in their curves")
     rows = [("training loss, nats", _loss)]
     if all(p.accuracy is not None for g in drawn.values() for r in g for p in r.curve):
         rows.append(("validation accuracy, %", _accuracy))
-    below = "" if len(rows) == 2 else "no accuracy over time: the runs have no validation split"
+    lacking = "" if len(rows) == 2 else "no accuracy over time: the runs have no validation split"
+    below = "; ".join(filter(None, (lacking, others)))
     series = Series(drawn)
     title = ", ".join(filter(None, (f"Over time: {runs.title}", series.shared)))
     made = figure(10.5, height_of(series.handles(), 0.9 + 3.1 * len(rows)), title, below)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsekern.errors import ConfigError
-from sparsekern.training.pictures.runs import Layer, Run, Runs, best_rates
+from sparsekern.training.pictures.runs import Layer, Run, Runs, best_rates, one_setting
 from sparsekern.training.pictures.style import INK, Series, figure, legend, log_scale, plain
 
 MOST_METHODS, MOST_LAYERS = 4, 8
@@ -21,7 +21,7 @@ def draw_layers(runs: Runs) -> Any:
     Raises:
         ConfigError: no run has facts of its topology.
     """
-    runs = best_rates(runs)
+    runs, others = one_setting(best_rates(runs))
     told = {cell: min(group, key=_seed) for cell, group in runs.groups.items()}
     told = {cell: run for cell, run in told.items() if run.updates and run.layers}
     if not told:
@@ -32,7 +32,7 @@ def draw_layers(runs: Runs) -> Any:
     rows = [row for row in _ROWS if any(_points(told[c], n, row[1]) for c in shown for n in names)]
     left = ", ".join(series.label(cell) for cell in list(told)[MOST_METHODS:])
     title = ", ".join(filter(None, (f"Layers over topology updates: {runs.title}", series.shared)))
-    below = f"not shown: {left}" if left else ""
+    below = "; ".join(filter(None, (f"not shown: {left}" if left else "", others)))
     made = figure(1.8 + 2.9 * len(shown), 1.0 + 2.0 * len(rows), title, below)
     panels = made.subplots(len(rows), len(shown), sharex="col", sharey="row", squeeze=False)
     for column, cell in enumerate(shown):

@@ -146,7 +146,7 @@ class _Scene:
         frame = self.frames.frames[number]
         unused = int((frame.leaving == 0).sum())
         what, _, unit = self.name.partition(", ")
-        now = f"{values[-1]:.4g} {unit}" if len(values) else "-"
+        now = f"{values[-1]:.2f} {unit}" if len(values) else "-"
         return (
             f"update {number:>3} of {len(self.frames.frames) - 1}   step {frame.step:>6,}   "
             f"{what} {now:>6}   {unused:>4} of {frame.leaving.numel()} pixels unused"

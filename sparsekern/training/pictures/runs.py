@@ -198,8 +198,8 @@ def _point(saved: Mapping[str, Any]) -> Point:
     return Point(int(saved["step"]), float(saved["seconds"]), float(saved["loss"]), accuracy)
 
 
-FACTS = ("outputs", "live_outputs", "inputs", "live_inputs", "fan_in_median", "fan_in_max")
-"""The fields of `TopologyFacts`, which JSON may hold as a list."""
+FACTS = ("outputs", "live_outputs", "inputs", "live_inputs", "fan_in_median", "fan_in_max", "nnz")
+"""The fields of `TopologyFacts`, which JSON may hold as a list; the last may be missing."""
 
 
 def _update(saved: Mapping[str, Any]) -> Update:
@@ -245,6 +245,28 @@ def chosen(
     if not groups:
         raise ConfigError("no run that learned is left to draw: it has other settings than these")
     return runs._replace(groups=groups)
+
+
+def one_setting(runs: Runs) -> tuple[Runs, str]:
+    """The runs of the first sparsity, block and length, and in words what is left out.
+
+    Methods can be told apart by colour then; dense runs of another length are left out too.
+    """
+
+    def setting(cell: Cell) -> tuple[Any, ...]:
+        return (cell.sparsity, cell.block, cell.multiplier)
+
+    sparse = dict.fromkeys(setting(cell) for cell in runs.groups if cell.method != DENSE)
+    if len(sparse) < 2:
+        return runs, ""
+    first = next(iter(sparse))
+    kept = {
+        cell: group
+        for cell, group in runs.groups.items()
+        if setting(cell) == first or (cell.method == DENSE and cell.multiplier == first[2])
+    }
+    told = f"the first of {len(sparse)} settings; --sparsity, --block and --multiplier choose"
+    return runs._replace(groups=kept), told
 
 
 def best_rates(runs: Runs) -> Runs:

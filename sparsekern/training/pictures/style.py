@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sparsekern.errors import UnavailableError
+from sparsekern.errors import ConfigError, UnavailableError
 from sparsekern.training.config import DENSE
 from sparsekern.training.data import DEMO_EXTRA
 from sparsekern.training.pictures.runs import Cell
@@ -45,7 +45,16 @@ LOOKS = {
 }
 
 _OTHERS = ("#5b2a86", "#1b7f5c", "#a8321e", "#2d4a8a", "#8a6d00", "#9c2f7f")
-_LINES = ("-", "--", ":", "-.")
+_LINES = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1.5)),
+    (0, (5, 2, 1, 2)),
+    (0, (9, 3)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (1, 4)),
+    (0, (9, 2, 2, 2)),
+)
 _SIZES = {"*": 13, "P": 9.5, "X": 9.5, "_": 6}
 _STROKES = ("_", "x", "3", "4")
 
@@ -79,6 +88,9 @@ class Series:
     Args:
         cells: all that are drawn; what is the same in all is told once, by `shared`.
         along: the field that a line runs along.
+
+    Raises:
+        ConfigError: more settings differ than there are dashes.
     """
 
     def __init__(self, cells: Iterable[Cell], along: str = "") -> None:
@@ -89,6 +101,11 @@ class Series:
         values = {field: sorted({getattr(cell, field) for cell in sparse}) for field in _NAMES}
         self.varied = [f for f, known in values.items() if f != along and len(known) > 1]
         self.kinds = sorted({self._kind(cell) for cell in sparse})
+        if len(self.kinds) > len(_LINES):
+            raise ConfigError(
+                f"a picture tells at most {len(_LINES)} settings apart, by dashes; got "
+                f"{len(self.kinds)}: choose by sparsity, block or multiplier"
+            )
         plainest = {"block": [(1, 1)], "multiplier": [1.0]}
         told = ("sparsity", "block", "multiplier")
         self.shared = ", ".join(
@@ -117,7 +134,7 @@ class Series:
     def style(self, cell: Cell) -> dict[str, Any]:
         """Arguments of matplotlib's `plot`."""
         kind = self.kinds.index(self._kind(cell)) if cell.method != DENSE else 0
-        return self._marker(cell) | {"linestyle": _LINES[kind % len(_LINES)], "linewidth": 1.4}
+        return self._marker(cell) | {"linestyle": _LINES[kind], "linewidth": 1.4}
 
     def _marker(self, cell: Cell) -> dict[str, Any]:
         seen = self.look(cell)
@@ -156,7 +173,7 @@ class Series:
         if len(self.kinds) > 1:
             made.append(Line2D([], [], linestyle="none", label=""))
             made += [
-                Line2D([], [], color=FAINT, linestyle=_LINES[i % 4], label=self._told_kind(kind))
+                Line2D([], [], color=FAINT, linestyle=_LINES[i], label=self._told_kind(kind))
                 for i, kind in enumerate(self.kinds)
             ]
         return made
