@@ -219,7 +219,8 @@ def _check(grid: Grid, data: Dataset, *, picture_wanted: bool) -> str:
         return f"{what}: dense at first"
     blocks = _listed([train_options.show(block).replace(",", "x") for block in grid.blocks])
     return (
-        f"{what}, sparsity {_listed(grid.sparsities)} ({grid.config.distribution}, block {blocks}), "
+        f"{what}, sparsity {_listed(grid.sparsities)} "
+        f"({grid.config.distribution}, block {blocks}), "
         f"impl {told}; density: {_densities(layers)}"
     )
 
