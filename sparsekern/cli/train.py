@@ -120,6 +120,8 @@ def _run_all(task: Task, data: Dataset, file: ResultFile, jobs: int, *, quiet: b
                 file.add(spec, found)
                 progress.end(_outcome(found), labels[spec])
     except KeyboardInterrupt:
+        if len(file.missing) < len(file.specs):  # it may have come while the file was written
+            file.write()
         return False
     finally:
         outcomes.close()
