@@ -1,6 +1,5 @@
 """Sparse training methods, each on top of schedule, source, budget, update and carry."""
 
-from sparsekern.methods.arguments import Arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.change import LayerChange, UpdateRecord
 from sparsekern.methods.dsr import DSR
@@ -33,7 +32,6 @@ __all__ = [
     "METHODS",
     "SET",
     "SNFS",
-    "Arguments",
     "CubicSchedule",
     "GraNet",
     "Gradient",

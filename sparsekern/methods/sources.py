@@ -67,7 +67,7 @@ class Gradient(Observing):
 
     def statistic(self, name: str) -> float:
         """Mean |gradient| over active weights; of blocks by another norm than l1, mean score."""
-        return float(self._scores(name).active.double().sum()) / self.layers[name].nnz
+        return float(self._scores(name).active.double().sum()) / max(self.layers[name].nnz, 1)
 
     def best(self, name: str, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """The free positions where the gradient is largest."""
