@@ -178,6 +178,17 @@ def test_another_configuration_is_refused_by_name(whole, tmp_path, capsys):
     assert "expected a result file of sparsekern train in format 2" in capsys.readouterr().err
 
 
+def test_what_a_file_held_is_kept_beside_the_new_one(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("a night's work")
+    line = [*LINE, "--method", "dense", "--seeds", "1", "--json", str(path)]
+    assert main([*line, "--sparsity", "2"]) == 2
+    assert path.read_text() == "a night's work"
+    assert main(line) == 0
+    assert (tmp_path / "r.json~").read_text() == "a night's work"
+    assert len(json.loads(path.read_text())["runs"]) == 1
+
+
 def test_validation_is_apart_from_training_and_is_what_chooses():
     digits = data.load_digits()
     config = TrainConfig(hidden=(16,), epochs=1, validation=0.1)

@@ -20,7 +20,7 @@ from sparsekern.errors import ConfigError
 from sparsekern.methods import METHODS, Method
 from sparsekern.methods.loop import Loop
 from sparsekern.tickets import Masks, Pruning, Scores
-from sparsekern.topology.blocks import active_count, as_block
+from sparsekern.topology.blocks import as_block
 from sparsekern.training import zoo
 from sparsekern.training.config import DENSE, TrainConfig
 from sparsekern.training.data import Dataset, Text, batches, for_model
@@ -268,8 +268,9 @@ def _big_sparse(setting: Setting) -> Prepared:
 
     def active(model: nn.Module) -> int:
         found = tickets.weights(model, exclude=output_layer(model, data.classes))
-        total = sum(weight.numel() for weight in found.values())
-        return _parameters(model) - total + active_count(total, config.sparsity)
+        # as a distribution rounds
+        left_out = sum(int(config.sparsity * weight.numel()) for weight in found.values())
+        return _parameters(model) - left_out
 
     model = made(_largest(lambda sixteenths: active(made(sixteenths)) <= most))
     make_sparse(model, config, data, seed)

@@ -227,7 +227,19 @@ def notes(content: Content, found: Sequence[Row]) -> list[str]:
             f"Unigram entropy of the test text: {data['unigram_entropy']:.3f} bits per character, "
             "the best that a model without context can do."
         )
+    if shrinking := _shrinking(content):
+        text.append(
+            f"{', '.join(shrinking)}: more weights are trained before; bytes are those held at the "
+            "end."
+        )
     return [*text, *_rates(content, found), *_troubles(content, found), *_speed(content, found)]
+
+
+def _shrinking(content: Content) -> list[str]:
+    """Methods that end with fewer active weights than they had."""
+    done = [run for run in content["runs"] if run["state"] == DONE]
+    found = [run["method"] for run in done if run["curve"][0]["nnz"] > run["curve"][-1]["nnz"]]
+    return list(dict.fromkeys(name.rpartition(":")[2] for name in found))
 
 
 def _rates(content: Content, found: Sequence[Row]) -> list[str]:

@@ -134,7 +134,8 @@ class ResultFile:
         path: of the file; None keeps them in memory.
         head: see `heading`.
         specs: all that are asked for, in order.
-        resume: whether to take over what the file holds.
+        resume: whether to take over what the file holds; if not, what it held is kept beside it,
+            under its name with a "~".
 
     Raises:
         ConfigError: `resume` without a file, or its runs were made in another way.
@@ -147,6 +148,7 @@ class ResultFile:
         self.path, self.specs = path, specs
         self.head = dict(head)
         self._runs: dict[Spec, dict[str, Any]] = {}
+        self._keep = path is not None and path.is_file() and not resume
         if not resume:
             return
         if path is None:
@@ -170,6 +172,10 @@ class ResultFile:
         """Write the file, whole: what was there before is there until then."""
         if self.path is not None:
             with explained("json", self.path):
+                if self._keep:
+                    kept = self.path.with_name(self.path.name + "~")
+                    write_whole(kept, self.path.read_bytes())
+                    self._keep = False
                 write_whole(self.path, json.dumps(self.content(), allow_nan=False) + "\n")
 
     def content(self) -> dict[str, Any]:
