@@ -145,8 +145,10 @@ def test_only_some_runs():
     assert [(c.method, c.sparsity) for c in cells] == [("dense", 0.0), ("rigl", 0.98)]
     with pytest.raises(ConfigError, match="`method` must be one of .*'rigl'.*; got 'snfs'"):
         runs.chosen(whole, methods=["snfs"])
-    with pytest.raises(ConfigError, match="no run that learned is left"):
+    with pytest.raises(ConfigError, match="no run that learned is left to draw of 6"):
         runs.chosen(whole, multiplier=5.0)
+    with pytest.raises(ConfigError, match=r"left out: rigl \(learned nothing\)"):
+        runs.chosen(of(run("rigl", learned=False)))
 
 
 def test_curves_and_layers_show_one_setting():
