@@ -139,22 +139,25 @@ def test_widths_of_a_named_model_are_changed_or_refused(digits):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_by_its_name(digits, name):
-    result = run(config(epochs=2, validation=0.1), digits, name, 0)
-    kind = METHODS[name]
-    assert result.weight_steps == 24
+def test_every_method_trains_by_its_name_and_is_asked_for_its_cost(digits, name):
+    trainer = Trainer(config(epochs=2, validation=0.1), digits, name, 0)
+    start = [layer.nnz for layer in sparse_layers(trainer.model).values()]
+    result = trainer.train()
+    f_s, steps, spent = result.flops.inference, result.weight_steps, result.update_batches
+    assert steps == 24
     assert result.curve[-1].training_flops == result.flops.training
-    assert result.flops.inference < DENSE_F
-    sparse_steps = 3 * result.flops.inference * BATCH * 24
-    if not hasattr(kind, "initial_sparsity") and result.flops.inference == SPARSE_F:
-        spent = (2 * SPARSE_F + DENSE_F) * BATCH
-        taken = {"never": 0, "updates": result.update_batches, "steps": 24 + result.update_batches}
-        by_hand = sparse_steps + spent * result.update_batches
-        dense_at = Trainer(config(), digits, name, 0).method.dense_at
-        if dense_at == "steps":
-            by_hand = spent * taken["steps"]
-        if dense_at != "updates" or not Trainer(config(), digits, name, 0).method.step_on_update:
-            assert result.flops.training == by_hand
+    if hasattr(METHODS[name], "initial_sparsity"):
+        assert start == [HIDDEN // 2]
+        assert f_s == SPARSE_F
+        return
+    assert [layer.nnz for layer in result.layers] == start
+    dense = {
+        "never": 0,
+        "updates": result.updates,  # of which some spend their batch
+        "steps": steps + spent,
+    }[trainer.method.dense_at]
+    by_hand = 3 * f_s * (steps + spent - dense) + (2 * f_s + DENSE_F) * dense
+    assert result.flops.training == BATCH * by_hand
 
 
 def test_a_class_of_ones_own_trains_by_its_module(digits):

@@ -132,7 +132,9 @@ def _method(kind: type[Method], setting: Setting) -> Prepared:
                 f"`sparsity` of {kind.__name__} must be above the {start} that it starts from; "
                 f"got {config.sparsity}"
             )
-        config, more = replace(config, sparsity=start), {"sparsity": config.sparsity}
+        more = {"sparsity": config.sparsity}
+        distribution = getattr(kind, "initial_distribution", config.distribution)
+        config = replace(config, sparsity=start, distribution=distribution)
     model = dense_network(config, setting.data, setting.seed)
     make_sparse(model, config, setting.data, setting.seed)
     return Prepared(model.to(config.device), partial(_attached, kind, setting, more))
