@@ -1,116 +1,18 @@
-"""Pictures of a result file hold its numbers, a movie its frames; what a file lacks is named."""
+"""Pictures of a result file hold its numbers; what it lacks, and what is broken, is named."""
 
-import io
-import itertools
 import json
 import math
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from result_files import content, frames_of, grid, of, run
 
 import sparsekern as sk
 from sparsekern.cli.main import main
-from sparsekern.errors import ConfigError, DataError, UnavailableError
-from sparsekern.training.pictures import cost, curves, gallery, layers, movie, runs, style
-from sparsekern.training.topology_frames import TopologyFrames, counts
+from sparsekern.errors import ConfigError, UnavailableError
+from sparsekern.training.pictures import cost, curves, gallery, layers, runs, style
 
 pytest.importorskip("matplotlib")
-
-STEPS = 100
-
-
-def frames_of(updates=3):
-    model = nn.Sequential(nn.Linear(30, 12), nn.ReLU(), nn.Linear(12, 10))
-    frames = TopologyFrames((5, 6))
-    for step in range(updates + 1):
-        fresh = sk.sparsify_(
-            nn.Sequential(*map(type_of, model)),
-            0.8,
-            generator=torch.Generator().manual_seed(step),
-        )
-        frames.see(fresh, 10 * step)
-    return frames
-
-
-def type_of(layer):
-    linear = isinstance(layer, nn.Linear)
-    return nn.Linear(layer.in_features, layer.out_features) if linear else nn.ReLU()
-
-
-def facts(k, named):
-    found = {
-        "outputs": 12,
-        "live_outputs": 12 - k,
-        "inputs": 30,
-        "live_inputs": 20,
-        "fan_in_median": 6 - k,
-        "fan_in_max": 9 + k,
-    }
-    return found | {"nnz": 70 - k} if named else list(found.values())
-
-
-def run(method, seed=0, sparsity=0.9, multiplier=1.0, block=(1, 1), lr=0.1, named=True, **other):
-    dense = method == "dense"
-    accuracy = 0.8 + 0.01 * seed + (0.05 if dense else 0.0) + 0.02 * math.log2(multiplier)
-    curve = [
-        {
-            "step": int(STEPS * multiplier * share),
-            "seconds": 2.0 * multiplier * share + seed,
-            "training_flops": 1e9 * share,
-            "loss": 1.0 - share / 2 + seed,
-            "validation": {"accuracy": accuracy - 0.1 + 0.1 * share, "bits": None},
-            "nnz": 70,
-        }
-        for share in (0.5, 1.0)
-    ]
-    moves = method in ("rigl", "set")
-    updates = [
-        {
-            "step": 20 * k,
-            "fraction": 0.3,
-            "layers": {"fc1": {"dropped": 5, "grown": 4, "facts": facts(k, named)}},
-        }
-        for k in range(3 * moves)
-    ]
-    return {
-        "method": method,
-        "sparsity": 0.0 if dense else sparsity,
-        "block": list(block),
-        "multiplier": multiplier,
-        "lr": lr,
-        "seed": seed,
-        "state": "done",
-        "error": None,
-        "learned": True,
-        "validation": {"accuracy": accuracy, "bits": None},
-        "test": {"accuracy": accuracy, "bits": None},
-        "curve": curve,
-        "flops": {"training_ratio": multiplier * (1.0 if dense else 1.2 * (1 - sparsity))},
-        "updates": updates,
-        "layers": [] if dense else [{"name": "fc1", "shape": [12, 30], "nnz": 70, "impl": "cpu"}],
-        "frames": None,
-        **other,
-    }
-
-
-def content(*made):
-    return {
-        "format": 2,
-        "data": {"name": "digits"},
-        "task": {"model": None, "hidden": [12]},
-        "dense": {"inference": 1, "training": 1},
-        "runs": list(made),
-    }
-
-
-def grid(methods=("dense", "static", "set", "rigl"), seeds=2, **axes):
-    return [run(method, seed, **axes) for method in methods for seed in range(seeds)]
-
-
-def of(*made):
-    return runs.runs_in(content(*made))
 
 
 def lines_of(axes):
@@ -243,8 +145,10 @@ def test_only_some_runs():
     assert [(c.method, c.sparsity) for c in cells] == [("dense", 0.0), ("rigl", 0.98)]
     with pytest.raises(ConfigError, match="`method` must be one of .*'rigl'.*; got 'snfs'"):
         runs.chosen(whole, methods=["snfs"])
-    with pytest.raises(ConfigError, match="no run that learned is left"):
+    with pytest.raises(ConfigError, match="no run that learned is left to draw of 6"):
         runs.chosen(whole, multiplier=5.0)
+    with pytest.raises(ConfigError, match=r"left out: rigl \(learned nothing\)"):
+        runs.chosen(of(run("rigl", learned=False)))
 
 
 def test_curves_and_layers_show_one_setting():
@@ -286,92 +190,6 @@ def test_no_two_methods_look_alike():
     assert own[0].marker != own[1].marker
     made = cost.draw_cost(of(run("m:A"), run("m:B")))
     assert set(lines_of(made.axes[0])) == {"A", "B"}
-
-
-# ---- the movie
-
-
-def pages(gif):
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(gif))
-    shown = []
-    for i in range(image.n_frames):
-        image.seek(i)
-        shown.append((np.asarray(image.convert("RGB")), image.info["duration"]))
-    return shown
-
-
-def test_a_movie_has_a_frame_for_each_update_and_one_before():
-    frames = frames_of(updates=3)
-    gif = movie.movie_of(of(run("static"), run("rigl", frames=frames.to_json())))
-    shown = pages(gif)
-    assert [duration for _, duration in shown] == [500, 500, 500, 2000]
-    assert not any(np.array_equal(a[0], b[0]) for a, b in itertools.pairwise(shown))
-    assert len(gif) < 2**20 / 10
-
-
-def test_a_movie_shows_the_counts():
-    frames = frames_of()
-    scene = movie._Scene(style.figure(8, 4, ""), frames, of(run("rigl")).groups.popitem()[1][0], "")
-    for number, frame in enumerate(frames.frames):
-        scene.show(number)
-        assert scene.image.get_array().tolist() == frame.leaving.view(5, 6).tolist()
-        assert sum(bar.get_height() for bar in scene.bars) == 12
-        assert scene.bars[0].get_height() == int((frame.fan_in == 0).sum())
-        unused = int((frame.leaving == 0).sum())
-        assert f"update {number:>3} of 3" in scene.text.get_text()
-        assert f"{unused:>4} of 30 pixels unused" in scene.text.get_text()
-    assert list(scene.course.lines[0].get_ydata()) == pytest.approx([75.0, 80.0])
-
-
-def test_frames_are_kept_exactly():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 20, 8), nn.ReLU(), nn.Linear(8, 10))
-    dense = TopologyFrames((4, 5), channels=3)
-    assert dense.can_see(model)
-    dense.see(model, 0)
-    assert dense.frames[0].leaving.tolist() == [24] * 20
-    assert dense.frames[0].fan_in.tolist() == [60] * 8
-    sk.sparsify_(model, 0.8)
-    dense.see(model, 7, accuracy=0.5)
-    mask = model[1].mask()
-    frame = dense.frames[1]
-    assert torch.equal(frame.leaving, mask.view(8, 3, 20).sum((0, 1)))
-    assert torch.equal(frame.fan_in, mask.sum(1))
-    assert torch.equal(counts(model[1])[0], mask.sum(0))
-    saved = json.loads(json.dumps(dense.to_json()))
-    again = TopologyFrames.from_json(saved)
-    assert (again.image_shape, again.channels) == ((4, 5), 3)
-    for one, other in zip(dense.frames, again.frames, strict=True):
-        assert (one.step, one.accuracy) == (other.step, other.accuracy)
-        assert torch.equal(one.leaving, other.leaving)
-        assert torch.equal(one.fan_in, other.fan_in)
-    with pytest.raises(ConfigError, match=r"images of \(5, 5\) pixels; this model has another"):
-        TopologyFrames((5, 5)).see(model, 0)
-
-
-SPOILED = {
-    "none": {},
-    "shape": {"image_shape": [5]},
-    "pixels": {"image_shape": [5, 7]},
-    "frames": {"frames": 3},
-    "counts": {"frames": [{"step": 0, "accuracy": None, "leaving": "!", "fan_in": "!"}]},
-    "cut": {"frames": [{"step": 0, "accuracy": None, "leaving": "eJw=", "fan_in": "eJw="}]},
-}
-
-
-@pytest.mark.parametrize("what", SPOILED)
-def test_spoiled_frames_are_refused(what):
-    saved = frames_of(1).to_json() | SPOILED[what] if what != "none" else {}
-    with pytest.raises(DataError, match="expected"):
-        TopologyFrames.from_json(saved)
-
-
-def test_a_movie_without_frames_is_refused():
-    with pytest.raises(ConfigError, match="train with --frames"):
-        movie.movie_of(of(run("rigl")))
-    with pytest.raises(ConfigError, match="kept none"):
-        movie.movie_of(of(run("rigl", frames=TopologyFrames((2, 2)).to_json())))
 
 
 # ---- the command

@@ -57,7 +57,7 @@ def add_task(train: argparse.ArgumentParser) -> None:
     group.add_argument("--distribution", choices=DISTRIBUTIONS, help=_preset("distribution"))
     group.add_argument(
         "--gain",
-        type=_number_or_name,
+        type=options.number_or_name,
         metavar="G",
         help="of fresh sparse values: a number, or relu for He's sqrt(2); default: torch's own",
     )
@@ -139,13 +139,6 @@ def add_output(train: argparse.ArgumentParser) -> None:
         help="keep the first layer's connections after each update, for a movie",
     )
     group.add_argument("--quiet", action="store_true", help="no progress, only the results")
-
-
-def _number_or_name(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _preset(field: str) -> str:

@@ -243,7 +243,8 @@ def chosen(
 
     groups = {cell: group for cell, group in runs.groups.items() if fits(cell)}
     if not groups:
-        raise ConfigError("no run that learned is left to draw: it has other settings than these")
+        lost = f"; left out: {', '.join(runs.failed)}" if runs.failed else ""
+        raise ConfigError(f"no run that learned is left to draw of {len(runs.groups)}{lost}")
     return runs._replace(groups=groups)
 
 
