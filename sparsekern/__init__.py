@@ -43,7 +43,14 @@ from sparsekern.nn import (
 )
 from sparsekern.planning import Budget, Plan, plan
 from sparsekern.profiling import Report, profile
-from sparsekern.swap import Summary, densify_, sparse_layers, sparsify_, summary
+from sparsekern.swap import (
+    Summary,
+    densify_,
+    sparse_layers,
+    sparsify_,
+    summary,
+    topology_facts,
+)
 from sparsekern.tickets import Pruning
 from sparsekern.topology import Topology
 
@@ -98,4 +105,5 @@ __all__ = [
     "sparsify_",
     "summary",
     "tickets",
+    "topology_facts",
 ]
