@@ -6,9 +6,8 @@ layer. `decide` makes of them, and of the layers alone, what an update changes.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 
 from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
-from sparsekern.carry.optimizer_state import moving_state
 from sparsekern.carry.transaction import Append, Attribute, Write
-from sparsekern.carry.wrappers import check_holds
 from sparsekern.errors import ConfigError, DtypeError, TopologyError
 from sparsekern.methods import ranks
 from sparsekern.methods.agreement import facts
@@ -120,10 +117,8 @@ class Method(Traced):
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
         optimizers = as_optimizers(optimizer)
-        self.layers = layers_to_train(model, optimizers)
-        self._loads = {name: layer._loads for name, layer in self.layers.items()}
-        self._held = {n: sharded.trained(m) for n, m in self.trained_layers().items()}
-        super().__init__(optimizers, schedule, steps_first, grad_accumulation)
+        layers = layers_to_train(model, optimizers)
+        super().__init__(layers, optimizers, schedule, steps_first, grad_accumulation)
         self.schedule: UpdateSchedule = schedule
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
@@ -150,6 +145,14 @@ class Method(Traced):
         """
         known = [item for item in self.followed if item.average is not None]
         self.followed = [*known, follow(self.layers, average)]
+
+    @property
+    def dense_at(self) -> str:
+        """When it computes a dense gradient, see `Source`; for one that knows better to override.
+
+        Its source's.
+        """
+        return self.source.dense_at
 
     # ---- which to drop, which to grow, with which value: for subclasses
 
@@ -242,13 +245,6 @@ class Method(Traced):
         except TopologyError as error:  # a survivor, the same twice, or out of range
             raise TopologyError(f"`grown_positions` of layer {name!r}: {error}") from None
 
-    def trained_layers(self) -> dict[str, SparseLayer]:
-        """The layers that take part now: those whose values are not frozen."""
-        return {n: m for n, m in self.layers.items() if sharded.trained(m).requires_grad}
-
-    def _sharded(self) -> bool:
-        return any(sharded.is_sharded(sharded.trained(m)) for m in self.trained_layers().values())
-
     def updated_layers(self) -> dict[str, SparseLayer]:
         """Those of them that an update changes: without a gradient, RigL leaves a layer out."""
         layers, ready = self.trained_layers(), self._ready_layers
@@ -277,58 +273,6 @@ class Method(Traced):
         fraction = self.schedule.fraction(self.weight_steps)
         layers = self.trained_layers() if due else {}
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
-
-    def _weights(self) -> Iterable[nn.Parameter]:
-        return map(sharded.trained, self.layers.values())
-
-    def _takes_part(self) -> bool:
-        layers = self.trained_layers()
-        for name in layers:
-            self._check_held(name)
-        return bool(layers)
-
-    def _check_held(self, name: str) -> None:
-        values = sharded.trained(self.layers[name])
-        if self._held.get(name) is not values:  # unfrozen since, or another parameter
-            check_holds(self.optimizers, name, values)
-            self._held[name] = values
-
-    def _check_loads(self, with_state: bool) -> None:
-        """Say that optimizer state belongs to other connections than the layers have."""
-        for layer in self.layers.values():
-            if not layer._blank:
-                _ = layer.topology  # what was written into the arrays is seen now, if not before
-        if self._state_of is not None and self._state_of != self._connections():
-            log.warning(
-                "the optimizer's state was saved with other connections than the model has now, so "
-                "it belongs to other weights; load the model that was saved with it"
-            )
-        self._state_of = None
-        loads = {name: layer._loads for name, layer in self.layers.items()}
-        if loads == self._loads:
-            return
-        changed = {n: m for n, m in self.layers.items() if loads[n] != self._loads[n]}
-        for name in changed.keys() & self.trained_layers().keys():
-            self._check_held(name)
-        late = [
-            name
-            for name, layer in changed.items()
-            if not with_state and moving_state(self.optimizers, name, sharded.trained(layer))
-        ]
-        self._loads = loads
-        if late:
-            log.warning(
-                "other connections were loaded into %s, but no optimizer state: what the optimizer "
-                "holds belongs to the old ones; load its state too, or build it anew",
-                late,
-            )
-
-    def _connections(self) -> str | None:
-        layers = self.layers.values()
-        if any(layer._blank or layer.col.is_meta for layer in layers):
-            return None
-        digests = "".join(layer.topology.digest() for layer in layers)
-        return hashlib.sha256(digests.encode()).hexdigest()
 
     def _update_if_due(self) -> bool:
         with ranks.naming(f"a topology update of layers {list(self.layers)}"):

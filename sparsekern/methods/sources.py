@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Source:
         norm: how a block's entries become one score.
         passes: backward passes per optimizer step.
     """
+
+    dense_at: ClassVar[str] = "never"
+    """When a dense gradient is computed: "never", on batches of "updates", or in all "steps"."""
 
     def __init__(self, layers: Mapping[str, SparseLayer], norm: str, passes: int) -> None:
         self.layers, self.norm, self.passes = layers, norm, passes
@@ -82,6 +86,8 @@ class Gradient(Source):
     are over ranks, at the update and not inside backward: ranks have to agree first on which layers
     take part, so each holds the inputs and output gradients of its layers until then.
     """
+
+    dense_at = "updates"
 
     def __init__(self, layers: Mapping[str, SparseLayer], norm: str, passes: int) -> None:
         super().__init__(layers, norm, passes)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from sparsekern.methods import progress
-from sparsekern.methods.joining import Joins
+from sparsekern.methods.holding import Holds
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.trace import Exploration, Trace, check_fits, exploration
-from sparsekern.nn import SparseLayer
 
 log = logging.getLogger(__name__)
 
 
-class Traced(Joins):
+class Traced(Holds):
     """A loop that keeps the start of its layers, and what they explored where that is wanted."""
 
-    layers: Mapping[str, SparseLayer]
     _trace = Trace({}, None)
 
     def exploration(self) -> Exploration:
