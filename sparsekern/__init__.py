@@ -28,7 +28,7 @@ from sparsekern.errors import (
     UnavailableError,
     WeightError,
 )
-from sparsekern.methods import SET, Method, RigL, Static
+from sparsekern.methods import SET, Method, RigL, SRigL, Static
 from sparsekern.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -75,6 +75,7 @@ __all__ = [
     "RankMismatchError",
     "Report",
     "RigL",
+    "SRigL",
     "SavedLayer",
     "ShapeError",
     "SparseConv1d",

@@ -6,10 +6,16 @@ from sparsekern.methods.rigl import RigL
 from sparsekern.methods.schedule import UpdateSchedule
 from sparsekern.methods.set import SET
 from sparsekern.methods.sources import Gradient, Random, Source
+from sparsekern.methods.srigl import SRigL
 from sparsekern.methods.static import Static
 from sparsekern.methods.update import TopologyUpdate
 
-METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL}
+METHODS: dict[str, type[Method]] = {
+    "static": Static,
+    "set": SET,
+    "rigl": RigL,
+    "srigl": SRigL,
+}
 """Methods by the name the command line uses."""
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "Method",
     "Random",
     "RigL",
+    "SRigL",
     "Source",
     "Static",
     "TopologyUpdate",

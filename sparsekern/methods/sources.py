@@ -100,7 +100,7 @@ class Gradient(Source):
         """Observe the gradients of the layers in `most`, and keep the best candidates of each."""
         for name, observer in self.observers.items():
             if name in most:
-                observer.arm(most[name])
+                observer.arm(most[name], self.each_row(name))
             else:
                 observer.disarm()
 
@@ -127,6 +127,10 @@ class Gradient(Source):
             self._postpone(step, last, f"the gradient of {broken} is not finite")
             return frozenset()
         return frozenset(seen)
+
+    def each_row(self, name: str) -> int:  # noqa: ARG002
+        """How many of the best inactive blocks of each block row are wanted besides."""
+        return 0
 
     def facts(self, name: str) -> Mapping[str, Tensor]:
         """The scores, of active blocks and of candidates, and where those stand."""
