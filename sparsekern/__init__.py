@@ -28,7 +28,7 @@ from sparsekern.errors import (
     UnavailableError,
     WeightError,
 )
-from sparsekern.methods import SET, Method, RigL, SRigL, Static
+from sparsekern.methods import SET, DeepR, Method, RigL, SRigL, Static
 from sparsekern.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -63,6 +63,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeepR",
     "DeviceError",
     "DtypeError",
     "IncompleteError",

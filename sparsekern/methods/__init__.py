@@ -2,6 +2,7 @@
 
 from sparsekern.methods.base import Method
 from sparsekern.methods.change import LayerChange, UpdateRecord
+from sparsekern.methods.deepr import DeepR
 from sparsekern.methods.rigl import RigL
 from sparsekern.methods.schedule import UpdateSchedule
 from sparsekern.methods.set import SET
@@ -15,12 +16,14 @@ METHODS: dict[str, type[Method]] = {
     "set": SET,
     "rigl": RigL,
     "srigl": SRigL,
+    "deepr": DeepR,
 }
 """Methods by the name the command line uses."""
 
 __all__ = [
     "METHODS",
     "SET",
+    "DeepR",
     "Gradient",
     "LayerChange",
     "Method",
