@@ -28,7 +28,19 @@ from sparsekern.errors import (
     UnavailableError,
     WeightError,
 )
-from sparsekern.methods import SET, DeepR, Method, RigL, SRigL, Static
+from sparsekern.methods import (
+    DSR,
+    SET,
+    SNFS,
+    DeepR,
+    GraNet,
+    Method,
+    RigL,
+    RigLSG,
+    RigLSM,
+    SRigL,
+    Static,
+)
 from sparsekern.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -57,7 +69,9 @@ from sparsekern.topology import Topology
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "SET",
+    "SNFS",
     "AverageError",
     "Budget",
     "CheckpointError",
@@ -66,6 +80,7 @@ __all__ = [
     "DeepR",
     "DeviceError",
     "DtypeError",
+    "GraNet",
     "IncompleteError",
     "MeasurementError",
     "Method",
@@ -76,6 +91,8 @@ __all__ = [
     "RankMismatchError",
     "Report",
     "RigL",
+    "RigLSG",
+    "RigLSM",
     "SRigL",
     "SavedLayer",
     "ShapeError",

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
+from sparsekern.carry.resize import check_free
 from sparsekern.carry.transaction import Append, Attribute, Write
 from sparsekern.errors import ConfigError, DtypeError, TopologyError
-from sparsekern.methods import ranks
+from sparsekern.methods import progress, ranks
 from sparsekern.methods.agreement import facts
-from sparsekern.methods.attaching import as_optimizers, layers_to_train
+from sparsekern.methods.arguments import Arguments
+from sparsekern.methods.attaching import as_optimizers, check_blocks, layers_to_train
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
 from sparsekern.methods.joining import check_joinable, led
 from sparsekern.methods.overrides import expect, naming
+from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
 from sparsekern.methods.sources import Source
 from sparsekern.methods.trace import Trace
@@ -83,7 +86,11 @@ class Method(Traced):
     """What growth looks at; the method's own is `self.growth`."""
     budget: ClassVar[Budget] = same
     """How many grow in each layer: a function, called without `self`, of `methods.budget`."""
+    resizes: ClassVar[bool] = False
+    """Whether updates change how many active blocks a layer has."""
     default_step_on_update: ClassVar[bool] = False
+    defaults: ClassVar[Arguments] = {}
+    """Other defaults of arguments than here, see `shows_arguments`."""
 
     def __init__(
         self,
@@ -106,7 +113,7 @@ class Method(Traced):
         steps_first = self.default_step_on_update if step_on_update is None else step_on_update
         UpdateSchedule(1, update_freq, drop_fraction, first_update, decay)  # checks the others
         end = resolve_end(t_end, total_steps, update_freq, first_update, not steps_first)
-        schedule = UpdateSchedule(end, update_freq, drop_fraction, first_update, decay)
+        schedule = self.scheduled(end, update_freq, drop_fraction, first_update, decay)
         check_norm(norm)
         if grow_init not in GROW_INITS:
             raise ConfigError(f"`grow_init` must be one of {GROW_INITS}; got {grow_init!r}")
@@ -118,6 +125,9 @@ class Method(Traced):
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
         optimizers = as_optimizers(optimizer)
         layers = layers_to_train(model, optimizers)
+        if self.resizes:
+            check_free(layers)
+            check_blocks(layers)
         super().__init__(layers, optimizers, schedule, steps_first, grad_accumulation)
         self.schedule: UpdateSchedule = schedule
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
@@ -126,7 +136,14 @@ class Method(Traced):
         self._out_of_inputs: list[int] = []  # ranks, at that update
         self._trace = Trace({}, {} if exploration else None)
         self.growth = self.source(self.layers, norm, grad_accumulation)
+        self.growth.optimizers = optimizers
         self._begin()
+
+    def scheduled(
+        self, t_end: int, freq: int, drop_fraction: float, first: int, decay: str
+    ) -> UpdateSchedule:
+        """The schedule; called once, before anything is attached."""
+        return UpdateSchedule(t_end, freq, drop_fraction, first, decay)
 
     def follow(self, average: Any) -> None:
         """Let an average of the model follow its topology updates: weights keep their positions.
@@ -167,8 +184,25 @@ class Method(Traced):
         )
 
     def most_grown(self, name: str, layer: SparseLayer, fraction: float) -> int:  # noqa: ARG002
-        """How many blocks may grow in a layer at most, told to the source before the batch."""
-        return drop_count(layer.topology.nnzb, fraction)
+        """How many blocks may grow in a layer at most, told to the source before the batch.
+
+        Of a method that resizes layers, what all of them drop.
+        """
+        layers = self.trained_layers().values() if self.resizes else (layer,)
+        return sum(drop_count(one.topology.nnzb, fraction) for one in layers)
+
+    def grown_counts(
+        self, dropped: Mapping[str, int], layers: Mapping[str, SparseLayer]
+    ) -> dict[str, int]:
+        """How many blocks each of these layers grows, from how many it drops: the budget's word."""
+        return type(self).budget(dropped, layers, self.growth)
+
+    def size_after(self, layers: Mapping[str, SparseLayer]) -> int:
+        """How many active blocks all these layers have after the update together: as many as now.
+
+        What the budget says is held against it.
+        """
+        return sum(layer.topology.nnzb for layer in layers.values())
 
     def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Tensor:  # noqa: ARG002
         """The `n` positions, int64, that a layer grows where it keeps the blocks `keep`."""
@@ -225,8 +259,13 @@ class Method(Traced):
     def _shared_out(
         self, dropped: dict[str, int], layers: dict[str, SparseLayer]
     ) -> dict[str, int]:
-        grown = type(self).budget(dropped, layers, self.growth)
-        check_exact(dropped, grown)
+        grown = self.grown_counts(dropped, layers)
+        check_exact(dropped, grown, layers, self.size_after(layers))
+        resized = {n: m for n, m in layers.items() if grown[n] != dropped[n]}
+        if resized:
+            # graphs on a GPU replay what they captured, whatever has become of its memory
+            scan = not self.history or torch.cuda.is_available()
+            check_free(resized, quick=not scan)
         return grown
 
     def _decision(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Decision:
@@ -270,6 +309,9 @@ class Method(Traced):
 
     def _watch(self, due: bool) -> None:
         self._ready_layers = None
+        if not self.attached:
+            self.growth.rest()
+            return
         fraction = self.schedule.fraction(self.weight_steps)
         layers = self.trained_layers() if due else {}
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
@@ -316,6 +358,23 @@ class Method(Traced):
             return done + self._spending()
 
         change(self.layers, decisions, self.optimizers, twins, self._trace, record)
+
+    def _weights_move(self) -> None:
+        self.growth.see(self.trained_layers())
+
+    def _progress(self) -> Progress:
+        return super()._progress()._replace(own=self.growth.state())
+
+    def _check(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        super()._check(optimizer, state)
+        found = progress.in_group(state["param_groups"])
+        if found is not None:
+            self.growth.load_state(progress.decode(found).own, write=False)
+
+    def _resume(self, found: Progress) -> None:
+        self.growth.load_state(found.own, write=False)
+        super()._resume(found)
+        self.growth.load_state(found.own)
 
     def _meet(self) -> None:
         """Be where the other ranks are, with the topologies that they have."""

@@ -7,15 +7,16 @@ Algorithm 1, with the constants of the authors' code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.methods.arguments import Arguments, shows_arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.sources import Random
-from sparsekern.methods.steps import Arguments
+from sparsekern.methods.steps import Arguments as StepArguments
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.connections import block_weights
@@ -24,6 +25,7 @@ TINY = 1e-12
 """Magnitude of a weight that comes in; in half precision the smallest normal number."""
 
 
+@shows_arguments
 class DeepR(Method):
     """Train with DeepR; other arguments as in `Method`, `drop_fraction` and `decay` apart.
 
@@ -58,7 +60,7 @@ class DeepR(Method):
         *,
         l1: float = 1e-5,
         noise: float = 1e-5,
-        **arguments: Any,
+        **arguments: Unpack[Arguments],
     ) -> None:
         for what, value in (("l1", l1), ("noise", noise)):
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -92,7 +94,7 @@ class DeepR(Method):
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Arguments | None:
+    ) -> StepArguments | None:
         handed_on = super()._before_step(optimizer, args, kwargs)
         if self._moving and not self._round and self.weight_steps < self.schedule.t_end:
             self._signs = {

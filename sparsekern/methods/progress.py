@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sparsekern.errors import ConfigError
 from sparsekern.methods import trace as traces
@@ -34,6 +35,7 @@ class Progress(NamedTuple):
         last_update: weight step of the last update, or None.
         history: of all updates; None where it is not known.
         connections: digest of all topologies that the optimizer's state belongs to, or None.
+        own: tensors of the method's own, by name, such as SNFS's momentum; empty for most.
         trace: the start, and what was explored; None where it was not kept.
     """
 
@@ -41,17 +43,19 @@ class Progress(NamedTuple):
     last_update: int | None
     history: list[UpdateRecord] | None
     connections: str | None = None
+    own: Mapping[str, Tensor] = {}
     trace: Trace | None = None
 
 
 def encode(progress: Progress) -> dict[str, Any]:
-    """As numbers, strings, lists and dicts; random streams follow from the weight step."""
+    """As plain data, and tensors if it has some; random streams follow from the weight step."""
     history = [
         [record.step, record.fraction, {n: _plain(c) for n, c in record.layers.items()}]
         for record in progress.history or ()
     ]
-    encoded = {**short(progress), "history": history}
-    return encoded if progress.trace is None else encoded | {"trace": traces.encode(progress.trace)}
+    own = {"own": dict(progress.own)} if progress.own else {}
+    trace = {} if progress.trace is None else {"trace": traces.encode(progress.trace)}
+    return {**short(progress), "history": history, **own, **trace}
 
 
 def _plain(change: LayerChange) -> list[Any]:
@@ -83,7 +87,7 @@ def decode(state: object) -> Progress:
         ConfigError: keys are missing or unknown, or a value is not what it should be.
     """
     keys = sorted(map(str, state)) if isinstance(state, Mapping) else state
-    known = {*NEEDED, "history", "connections", "trace"}
+    known = {*NEEDED, "history", "connections", "own", "trace"}
     if not isinstance(state, Mapping) or not (set(NEEDED) <= set(state) <= known):
         raise ConfigError(
             f"method state must have keys weight_steps, last_update and history; got {keys!r}"
@@ -108,6 +112,7 @@ def decode(state: object) -> Progress:
         last,
         None if history is None else _history(history),
         connections,
+        _own(state.get("own", {})),
         None if trace is None else traces.decode(trace),
     )
 
@@ -124,6 +129,12 @@ def find(chains: Iterable[Sequence[torch.optim.Optimizer]]) -> object:
 def in_group(groups: Sequence[Mapping[str, Any]]) -> object:
     """The entry of parameter groups, or None."""
     return groups[0].get(ENTRY) if groups else None
+
+
+def _own(data: object) -> dict[str, Tensor]:
+    if not (isinstance(data, Mapping) and all(isinstance(t, Tensor) for t in data.values())):
+        raise ConfigError(f"`own` of a method state must hold tensors by name; got {data!r:.80}")
+    return {str(name): tensor for name, tensor in data.items()}
 
 
 def _read(data: object) -> Any:

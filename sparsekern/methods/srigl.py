@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError, DtypeError, TrainingLoopError
+from sparsekern.methods.arguments import Arguments, shows_arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.change import Decision, change
 from sparsekern.methods.constant_fan_in import chosen, levelled, most_in_a_row
@@ -40,6 +41,7 @@ class GradientOfRows(Gradient):
         return scores
 
 
+@shows_arguments
 class SRigL(Method):
     """Train with SRigL; other arguments as in `Method`.
 
@@ -82,7 +84,7 @@ class SRigL(Method):
         *,
         gamma_sal: float = 0.3,
         no_ablation: Sequence[Pattern] = (),
-        **arguments: Any,
+        **arguments: Unpack[Arguments],
     ) -> None:
         if isinstance(gamma_sal, bool) or not isinstance(gamma_sal, int | float):
             raise DtypeError(f"`gamma_sal` must be a number; got {gamma_sal!r}")
