@@ -40,6 +40,7 @@ from sparsekern.methods import (
     RigLSM,
     SRigL,
     Static,
+    TopKAST,
 )
 from sparsekern.nn import (
     SparseConv1d,
@@ -109,6 +110,7 @@ __all__ = [
     "SparseRNNCell",
     "Static",
     "Summary",
+    "TopKAST",
     "Topology",
     "TopologyError",
     "TrainingLoopError",

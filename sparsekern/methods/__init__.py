@@ -15,6 +15,7 @@ from sparsekern.methods.snfs import SNFS
 from sparsekern.methods.sources import Gradient, Random, Source
 from sparsekern.methods.srigl import SRigL
 from sparsekern.methods.static import Static
+from sparsekern.methods.top_kast import TopKAST
 from sparsekern.methods.update import TopologyUpdate
 
 METHODS: dict[str, type[Method]] = {
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "rigl": RigL,
     "srigl": SRigL,
     "deepr": DeepR,
+    "top-kast": TopKAST,
     "snfs": SNFS,
     "rigl-sg": RigLSG,
     "rigl-sm": RigLSM,
@@ -52,6 +54,7 @@ __all__ = [
     "SRigL",
     "Source",
     "Static",
+    "TopKAST",
     "TopologyUpdate",
     "UpdateRecord",
     "UpdateSchedule",

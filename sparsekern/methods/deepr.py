@@ -7,16 +7,15 @@ Algorithm 1, with the constants of the authors' code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.methods.arguments import Arguments, shows_arguments
 from sparsekern.methods.base import Method
+from sparsekern.methods.numbers import check_number, learning_rate
 from sparsekern.methods.sources import Random
-from sparsekern.methods.steps import Arguments as StepArguments
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.connections import block_weights
@@ -62,11 +61,8 @@ class DeepR(Method):
         noise: float = 1e-5,
         **arguments: Unpack[Arguments],
     ) -> None:
-        for what, value in (("l1", l1), ("noise", noise)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise DtypeError(f"`{what}` must be a number; got {value!r}")
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"`{what}` must be at least 0 and finite; got {value}")
+        check_number("l1", l1)
+        check_number("noise", noise)
         self.l1, self.noise = float(l1), float(noise)
         self._signs: dict[str, Tensor] = {}  # of the weights before a step that is running
         super().__init__(model, optimizer, **arguments)
@@ -92,16 +88,11 @@ class DeepR(Method):
         again = (made.source >= 0) & ~keep[made.source.clamp(min=0)]
         return TopologyUpdate(made.topology, made.source.masked_fill(again, -1))
 
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StepArguments | None:
-        handed_on = super()._before_step(optimizer, args, kwargs)
-        if self._moving and not self._round and self.weight_steps < self.schedule.t_end:
-            self._signs = {
-                name: _blocks(layer).sign().to(torch.int8)
-                for name, layer in self.trained_layers().items()
-            }
-        return handed_on
+    def _weights_move(self) -> None:
+        super()._weights_move()
+        active = self.weight_steps < self.schedule.t_end
+        layers = self.trained_layers() if active else {}
+        self._signs = {n: _blocks(m).sign().to(torch.int8) for n, m in layers.items()}
 
     def _weights_moved(self) -> None:
         super()._weights_moved()
@@ -112,7 +103,7 @@ class DeepR(Method):
 
     def _hold_signs(self, name: str, layer: SparseLayer, before: Tensor) -> None:
         blocks, parameter = _blocks(layer).clone(), sharded.trained(layer)
-        signs, rate = before.to(blocks.dtype), self._rate(parameter)
+        signs, rate = before.to(blocks.dtype), learning_rate(self.optimizers, parameter)
         blocks -= signs * (self.l1 * rate)
         if self.noise:
             stream = self._stream(name, 2, blocks.device)
@@ -126,10 +117,6 @@ class DeepR(Method):
             sharded.local(parameter).copy_(blocks)
         else:
             layer.set_active_values(blocks)
-
-    def _rate(self, parameter: nn.Parameter) -> Any:
-        groups = (group for chain in self._chains for group in chain[-1].param_groups)
-        return next(g["lr"] for g in groups if any(p is parameter for p in g["params"]))
 
     def _stream(self, name: str, of: int, device: torch.device | None = None) -> torch.Generator:
         """Random numbers of their own for each purpose, layer and weight step."""

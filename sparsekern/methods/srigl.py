@@ -12,11 +12,12 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import ConfigError, DtypeError, TrainingLoopError
+from sparsekern.errors import TrainingLoopError
 from sparsekern.methods.arguments import Arguments, shows_arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.change import Decision, change
 from sparsekern.methods.constant_fan_in import chosen, levelled, most_in_a_row
+from sparsekern.methods.numbers import check_number
 from sparsekern.methods.sources import Gradient
 from sparsekern.methods.trace import Trace
 from sparsekern.methods.update import drop_count, rewire
@@ -86,11 +87,8 @@ class SRigL(Method):
         no_ablation: Sequence[Pattern] = (),
         **arguments: Unpack[Arguments],
     ) -> None:
-        if isinstance(gamma_sal, bool) or not isinstance(gamma_sal, int | float):
-            raise DtypeError(f"`gamma_sal` must be a number; got {gamma_sal!r}")
-        if not 0 <= gamma_sal <= 1:
-            raise ConfigError(f"`gamma_sal` must lie in [0, 1]; got {gamma_sal}")
-        self.gamma_sal, self.no_ablation = float(gamma_sal), tuple(no_ablation)
+        self.gamma_sal = check_number("gamma_sal", gamma_sal, 1)
+        self.no_ablation = tuple(no_ablation)
         self._grown: dict[str, Tensor] = {}  # of the update that is being decided
         super().__init__(model, optimizer, **arguments)
         try:
