@@ -27,14 +27,14 @@ from sparsekern.topology.select import top_k_mask
 class GraNet(Method):
     """Train from `initial_sparsity` to `sparsity`; other arguments as in `Method`.
 
-        sparsify_(model, GraNet.initial_sparsity)
+        sparsify_(model, GraNet.initial_sparsity, distribution=GraNet.initial_distribution)
         GraNet(model, optimizer, sparsity=0.95, t_end=int(0.75 * steps))
 
     After the weight step, each update first prunes by magnitude over all layers together, to the
     cubic schedule of gradual pruning; the last one comes at `t_end`. Then each layer replaces
     `drop_fraction` of what is left, decayed, by as many where the gradient is largest. Weights are
-    counted over the sparse layers that train: what the model has dense stays so, and at 50 % ERK
-    leaves small layers dense. Layers hold only what is active, so a step gets cheaper as they
+    counted over the sparse layers that train: what is dense at first stays so, as small layers do
+    by ERK at 50 %. Layers hold only what is active, so a step gets cheaper as they
     shrink. Only the batch of an update costs a dense gradient.
 
     Args:
@@ -53,6 +53,8 @@ class GraNet(Method):
     defaults: ClassVar[Arguments] = {"drop_fraction": 0.5}
     initial_sparsity: ClassVar[float] = 0.5
     """That a model should have before."""
+    initial_distribution: ClassVar[str] = "uniform"
+    """By which no layer is left dense."""
 
     def __init__(
         self,

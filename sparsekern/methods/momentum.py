@@ -189,7 +189,8 @@ class Momentum(Observing):
             log.warning(
                 "the state that was loaded holds no momentum of %s: it starts anew", missing
             )
-        for average in self._averages.values():
-            average.zero_()
-        for name, given in state.items():
-            self._average(name).copy_(given)
+        self._averages.clear()
+        for name in (*missing, *state):
+            fresh = self._average(name)
+            if name in state:
+                fresh.copy_(state[name])
