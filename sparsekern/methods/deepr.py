@@ -16,7 +16,7 @@ from sparsekern.methods.arguments import Arguments, shows_arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.numbers import check_number, learning_rate
 from sparsekern.methods.sources import Random
-from sparsekern.methods.update import TopologyUpdate
+from sparsekern.methods.update import TopologyUpdate, grow_random
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.connections import block_weights
 
@@ -31,8 +31,9 @@ class DeepR(Method):
     Each weight keeps the sign that it came in with. After each weight step it is drawn to zero by
     `lr * l1` and shaken by `lr * noise * N(0, 1)`; one that reaches zero or would go beyond it is
     held at zero from then on. Every `update_freq` weight steps those that are zero are dropped, and
-    as many random positions come in at +-1e-12, with no optimizer state. With `update_freq=1` that
-    is the paper's algorithm. From `t_end` on training is plain, without signs, l1 and noise.
+    as many random positions that were not active come in at +-1e-12, with no optimizer state. With
+    `update_freq=1` that is the paper's algorithm, whose positions may be the dropped ones. From
+    `t_end` on training is plain, without signs, l1 and noise.
 
     A block is dropped once half of its weights or more are zero. A position that comes in again
     later draws its sign anew. A byte for each active weight is held while the optimizer steps.
@@ -72,6 +73,14 @@ class DeepR(Method):
         alive = (layer.active_values() != 0).flatten(1).sum(1)
         return 2 * alive > block_weights(layer.topology)
 
+    def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Tensor:
+        """Positions that were not active, and where there are too few, some that are dropped."""
+        topology = layer.topology
+        if n > topology.grid.total - topology.nnzb:
+            return super().grown_positions(name, layer, keep, n)
+        taken = torch.ones_like(keep)
+        return grow_random(topology, taken, n, self.generator(name)).to(keep.device)
+
     def grown_values(self, name: str, layer: SparseLayer, update: TopologyUpdate) -> Tensor:
         """As good as zero, with random signs."""
         dtype = layer.values.dtype
@@ -83,7 +92,7 @@ class DeepR(Method):
         return update.topology.clear_padding_(whole)[update.source < 0]
 
     def _grow(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> TopologyUpdate:
-        """What is dropped and drawn again at once begins anew."""
+        """What is dropped and drawn again at once, in a layer nearly full, begins anew."""
         made = super()._grow(name, layer, keep, n)
         again = (made.source >= 0) & ~keep[made.source.clamp(min=0)]
         return TopologyUpdate(made.topology, made.source.masked_fill(again, -1))
