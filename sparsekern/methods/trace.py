@@ -13,13 +13,13 @@ from torch import Tensor
 from sparsekern.errors import ConfigError
 from sparsekern.nn import SparseLayer
 from sparsekern.topology import Topology
-from sparsekern.topology.build import contains
 from sparsekern.topology.packed import (
+    FAR,
     count_bits,
     gaps_of,
+    in_both,
     no_bits,
     places_of,
-    positions_of,
     with_bits,
 )
 
@@ -83,9 +83,9 @@ def overlap(trace: Trace, name: str, topology: Topology) -> float | None:
     """Share of the start's blocks that a topology has; None if the start is not known."""
     if trace.start is None:
         return None
-    start = positions_of(trace.start[name].to(topology.device))
-    held = int(contains(topology.positions(), start).sum())
-    return held / start.numel() if start.numel() else 1.0
+    gaps = trace.start[name]
+    size = int((gaps != FAR).sum())
+    return in_both(gaps, topology.positions()) / size if size else 1.0
 
 
 def explored(trace: Trace, name: str, topology: Topology) -> float | None:

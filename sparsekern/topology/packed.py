@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.topology.build import contains
+from sparsekern.topology.native import loops
+
 FAR = 255
 """A byte of a list of gaps: so many places are passed over, and none of them is in the set."""
 
@@ -31,6 +34,15 @@ def positions_of(gaps: Tensor) -> Tensor:
 def places_of(gaps: Tensor) -> int:
     """How many places they pass, members counted: no position is as large."""
     return int((gaps.to(torch.int64) + (gaps != FAR)).sum())
+
+
+def in_both(gaps: Tensor, positions: Tensor) -> int:
+    """How many of the packed positions are among ascending `positions`, on whose device it is."""
+    gaps = gaps.to(positions.device)
+    native = loops(gaps.numel(), gaps, positions)
+    if native is not None:
+        return int(native.in_both(gaps.numpy(), FAR, positions.numpy()))
+    return int(contains(positions, positions_of(gaps)).sum())
 
 
 def no_bits(total: int, device: torch.device) -> Tensor:
