@@ -1,6 +1,5 @@
 """Sparse training methods, each on top of schedule, source, budget, update and carry."""
 
-from sparsekern.methods.arguments import Arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.change import LayerChange, UpdateRecord
 from sparsekern.methods.deepr import DeepR
@@ -12,7 +11,8 @@ from sparsekern.methods.rigl import RigL
 from sparsekern.methods.schedule import CubicSchedule, UpdateSchedule
 from sparsekern.methods.set import SET
 from sparsekern.methods.snfs import SNFS
-from sparsekern.methods.sources import Gradient, Random, Source
+from sparsekern.methods.source import Source
+from sparsekern.methods.sources import Gradient, Random
 from sparsekern.methods.srigl import SRigL
 from sparsekern.methods.static import Static
 from sparsekern.methods.top_kast import TopKAST
@@ -38,7 +38,6 @@ __all__ = [
     "METHODS",
     "SET",
     "SNFS",
-    "Arguments",
     "CubicSchedule",
     "DeepR",
     "GraNet",

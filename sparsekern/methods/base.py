@@ -30,7 +30,7 @@ from sparsekern.methods.joining import check_joinable, led
 from sparsekern.methods.overrides import expect, naming
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
-from sparsekern.methods.sources import Source
+from sparsekern.methods.source import Source
 from sparsekern.methods.trace import Trace
 from sparsekern.methods.traced import Traced
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire

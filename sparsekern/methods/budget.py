@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from sparsekern.errors import ConfigError
-from sparsekern.methods.sources import Source
+from sparsekern.methods.source import Source
 from sparsekern.nn import SparseLayer
 
 Counts = Mapping[str, int]
@@ -45,6 +45,8 @@ def by_survivors(
 ) -> dict[str, int]:
     """Layers grow in proportion to how many blocks survived in them (Mostafa & Wang 2019)."""
     left = {name: layers[name].topology.nnzb - n for name, n in dropped.items()}
+    if not any(left.values()):
+        return dict(dropped)
     least = least_grown(dropped, layers)
     return shared_out(left, rooms(dropped, layers), least, sum(dropped.values()))
 
@@ -56,8 +58,9 @@ def rooms(dropped: Counts, layers: Mapping[str, SparseLayer]) -> dict[str, int]:
 
 
 def least_grown(dropped: Counts, layers: Mapping[str, SparseLayer]) -> dict[str, int]:
-    """How many it must: a layer keeps at least one block."""
-    return {name: int(layers[name].topology.nnzb <= n) for name, n in dropped.items()}
+    """How many it must: a layer that has blocks keeps at least one."""
+    held = {name: layers[name].topology.nnzb for name in dropped}
+    return {name: int(held[name] == n and n > 0) for name, n in dropped.items()}
 
 
 def shared_out(
@@ -126,11 +129,13 @@ def check_exact(
             f"a budget must say what grows in each of {sorted(dropped)}; got {dict(grown)}"
         )
     kept = {name: layers[name].topology.nnzb - n for name, n in dropped.items()}
+    least = least_grown(dropped, layers)
     for name, room in rooms(dropped, layers).items():
-        n, least = grown[name], int(not kept[name])
-        if type(n) is not int or not least <= n <= room:
+        n = grown[name]
+        if type(n) is not int or not least[name] <= n <= room:
             raise ConfigError(
-                f"a budget must let layer {name!r} grow an int in [{least}, {room}]; got {n!r}"
+                f"a budget must let layer {name!r} grow an int in [{least[name]}, {room}]; "
+                f"got {n!r}"
             )
     asked = size - sum(kept.values())
     if sum(grown.values()) != asked:

@@ -77,5 +77,6 @@ class DSR(Method):
         """Those that reach the threshold, and the largest."""
         scores = block_norm(layer.active_values().float(), "l1") / math.prod(layer.block)
         keep = scores >= self.threshold
-        keep[scores.argmax()] = True
+        if len(scores):
+            keep[scores.argmax()] = True
         return keep

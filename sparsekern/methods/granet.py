@@ -92,7 +92,7 @@ class GraNet(Method):
         """How many blocks pruning leaves in each layer: the largest of all, one at least."""
         layers = self.updated_layers()
         scores = [self.drop_scores(name, layer).cpu() for name, layer in layers.items()]
-        for one in scores:
+        for one in filter(len, scores):
             one[one.argmax()] = torch.inf
         total = sum(layer.topology.grid.total for layer in layers.values())
         wanted = active_count(total, self.pruning.at(self.weight_steps))

@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsekern.carry.optimizer_state import moving_state
 from sparsekern.errors import ConfigError
 from sparsekern.methods import ranks
-from sparsekern.methods.sources import Gradient, Observing
+from sparsekern.methods.source import Observing
+from sparsekern.methods.sources import Gradient
 from sparsekern.methods.update import grow_largest
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.ops.grow import stream_grow_scores
@@ -59,7 +60,7 @@ class OptimizerMomentum(Gradient):
             )
         if "exp_avg_sq" in state:
             first = first / (state["exp_avg_sq"].sqrt() + 1e-8)
-        return float(layer.pack(first).abs().double().sum()) / layer.nnz
+        return float(layer.pack(first).abs().double().sum()) / max(layer.nnz, 1)
 
 
 def _always() -> bool:
@@ -167,7 +168,8 @@ class Momentum(Observing):
     def statistic(self, name: str) -> float:
         """Mean |momentum| over active weights."""
         topology = self.layers[name].topology
-        return float(topology.pack(self._averages[name]).abs().double().sum()) / topology.nnz
+        active = topology.pack(self._averages[name])
+        return float(active.abs().double().sum()) / max(topology.nnz, 1)
 
     def state(self) -> dict[str, Tensor]:
         """The averages, (rows, cols) float32 or float64, by layer."""
