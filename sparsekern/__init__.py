@@ -28,7 +28,20 @@ from sparsekern.errors import (
     UnavailableError,
     WeightError,
 )
-from sparsekern.methods import DSR, SET, SNFS, GraNet, Method, RigL, RigLSG, RigLSM, Static
+from sparsekern.methods import (
+    DSR,
+    SET,
+    SNFS,
+    DeepR,
+    GraNet,
+    Method,
+    RigL,
+    RigLSG,
+    RigLSM,
+    SRigL,
+    Static,
+    TopKAST,
+)
 from sparsekern.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -43,7 +56,14 @@ from sparsekern.nn import (
 )
 from sparsekern.planning import Budget, Plan, plan
 from sparsekern.profiling import Report, profile
-from sparsekern.swap import Summary, densify_, sparse_layers, sparsify_, summary
+from sparsekern.swap import (
+    Summary,
+    densify_,
+    sparse_layers,
+    sparsify_,
+    summary,
+    topology_facts,
+)
 from sparsekern.tickets import Pruning
 from sparsekern.topology import Topology
 
@@ -58,6 +78,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeepR",
     "DeviceError",
     "DtypeError",
     "GraNet",
@@ -73,6 +94,7 @@ __all__ = [
     "RigL",
     "RigLSG",
     "RigLSM",
+    "SRigL",
     "SavedLayer",
     "ShapeError",
     "SparseConv1d",
@@ -88,6 +110,7 @@ __all__ = [
     "SparseRNNCell",
     "Static",
     "Summary",
+    "TopKAST",
     "Topology",
     "TopologyError",
     "TrainingLoopError",
@@ -103,4 +126,5 @@ __all__ = [
     "sparsify_",
     "summary",
     "tickets",
+    "topology_facts",
 ]

@@ -2,6 +2,7 @@
 
 from sparsekern.methods.base import Method
 from sparsekern.methods.change import LayerChange, UpdateRecord
+from sparsekern.methods.deepr import DeepR
 from sparsekern.methods.dsr import DSR
 from sparsekern.methods.granet import GraNet
 from sparsekern.methods.momentum import Momentum, OptimizerMomentum
@@ -12,13 +13,18 @@ from sparsekern.methods.set import SET
 from sparsekern.methods.snfs import SNFS
 from sparsekern.methods.source import Source
 from sparsekern.methods.sources import Gradient, Random
+from sparsekern.methods.srigl import SRigL
 from sparsekern.methods.static import Static
+from sparsekern.methods.top_kast import TopKAST
 from sparsekern.methods.update import TopologyUpdate
 
 METHODS: dict[str, type[Method]] = {
     "static": Static,
     "set": SET,
     "rigl": RigL,
+    "srigl": SRigL,
+    "deepr": DeepR,
+    "top-kast": TopKAST,
     "snfs": SNFS,
     "rigl-sg": RigLSG,
     "rigl-sm": RigLSM,
@@ -33,6 +39,7 @@ __all__ = [
     "SET",
     "SNFS",
     "CubicSchedule",
+    "DeepR",
     "GraNet",
     "Gradient",
     "LayerChange",
@@ -43,8 +50,10 @@ __all__ = [
     "RigL",
     "RigLSG",
     "RigLSM",
+    "SRigL",
     "Source",
     "Static",
+    "TopKAST",
     "TopologyUpdate",
     "UpdateRecord",
     "UpdateSchedule",

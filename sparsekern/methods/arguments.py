@@ -22,6 +22,7 @@ class Arguments(TypedDict, total=False):
     norm: str
     grad_accumulation: int
     seed: int
+    exploration: bool
 
 
 def shows_arguments(cls: C) -> C:

@@ -26,12 +26,13 @@ from sparsekern.methods.arguments import Arguments
 from sparsekern.methods.attaching import as_optimizers, check_blocks, layers_to_train
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
-from sparsekern.methods.holding import Holds
 from sparsekern.methods.joining import check_joinable, led
 from sparsekern.methods.overrides import expect, naming
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
 from sparsekern.methods.source import Source
+from sparsekern.methods.trace import Trace
+from sparsekern.methods.traced import Traced
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.init import bounds
@@ -47,7 +48,7 @@ DECIDE = "decide a topology update"
 T = TypeVar("T")
 
 
-class Method(Holds):
+class Method(Traced):
     """A sparse training method attached to a model and its optimizer.
 
     A method of its own is a subclass that names its `source` and `budget`, and overrides what else
@@ -71,6 +72,8 @@ class Method(Holds):
         norm: how a block's entries become one score: "l1", "l2" or "max".
         grad_accumulation: backward passes per optimizer step.
         seed: of whatever is random, equal on all ranks.
+        exploration: follow which places were ever active, see `exploration()`; it takes a bit for
+            each block of the dense weight.
 
     Raises:
         ConfigError, DtypeError: an argument is missing or out of its domain, or the model has no
@@ -105,6 +108,7 @@ class Method(Holds):
         norm: str = "l1",
         grad_accumulation: int = 1,
         seed: int = 0,
+        exploration: bool = False,
     ) -> None:
         steps_first = self.default_step_on_update if step_on_update is None else step_on_update
         UpdateSchedule(1, update_freq, drop_fraction, first_update, decay)  # checks the others
@@ -130,6 +134,7 @@ class Method(Holds):
         self.followed: list[Followed] = []
         self._ready_layers: frozenset[str] | None = None  # of the update that is being made
         self._out_of_inputs: list[int] = []  # ranks, at that update
+        self._trace = Trace({}, {} if exploration else None)
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self.growth.optimizers = optimizers
         self._begin()
@@ -346,12 +351,13 @@ class Method(Holds):
             decisions = led(decisions, self._out_of_inputs, self.layers, make)
         self._compare({name: d.update.topology for name, d in decisions.items()})
 
-        def record(changes: dict[str, LayerChange]) -> list[Write]:
+        def record(changes: dict[str, LayerChange], trace: Trace) -> list[Write]:
             done: list[Write] = [Append(self.history, UpdateRecord(step, fraction, changes))]
+            done += [Attribute(self, "_trace", trace)]
             done += [Attribute(self, "last_update", step), *self._publishing(step)]
             return done + self._spending()
 
-        change(self.layers, decisions, self.optimizers, twins, record)
+        change(self.layers, decisions, self.optimizers, twins, self._trace, record)
 
     def _weights_move(self) -> None:
         self.growth.see(self.trained_layers())

@@ -117,10 +117,14 @@ class Observing(Source):
         self._postponed: int | None = -1
         self._told_few = False
 
+    def each_row(self, name: str) -> int:  # noqa: ARG002
+        """How many of the best inactive blocks of each block row are wanted besides."""
+        return 0
+
     def _observe(self, most: Mapping[str, int]) -> None:
         for name, observer in self.observers.items():
             if name in most:
-                observer.arm(most[name])
+                observer.arm(most[name], self.each_row(name))
             else:
                 observer.disarm()
 

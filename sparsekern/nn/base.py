@@ -264,9 +264,19 @@ class SparseLayer(HeldTopology):
         k: int,
         norm: str,
         reduce: Callable[[Tensor], None] | None,
+        each_row: int = 0,
     ) -> GrowScores:
         """Score the dense gradient of pairs (dy, x) from `capture`; see `ops.grow_scores`."""
-        return ops.grow_scores(dys, xs, self.topology, k, norm=norm, reduce=reduce, impl=self.impl)
+        return ops.grow_scores(
+            dys,
+            xs,
+            self.topology,
+            k,
+            norm=norm,
+            reduce=reduce,
+            impl=self.impl,
+            each_row=each_row,
+        )
 
     def no_pair(self) -> tuple[Tensor, Tensor]:
         """A pair (dy, x) of no tokens: its dense gradient is zero."""
