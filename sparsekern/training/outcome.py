@@ -141,5 +141,8 @@ class RunResult:
 
 
 def _record(record: UpdateRecord) -> dict[str, Any]:
-    layers = {name: change._asdict() for name, change in record.layers.items()}
+    layers = {
+        name: change._asdict() | {"facts": change.facts and change.facts._asdict()}
+        for name, change in record.layers.items()
+    }
     return record._asdict() | {"layers": layers}

@@ -43,7 +43,9 @@ A RUN that is done:
      "step_seconds": 0.0039,            the same for each batch, updates included
      "update_seconds": 0.006 or null,   median of a batch with a topology update
      "updates": [{"step": 0, "fraction": 0.5,       the method's history, `UpdateRecord`
-                  "layers": {"hidden1": {"dropped": 2352, "grown": 2352, ...}}}, ...],
+                  "layers": {"hidden1": {"dropped": 2352, "grown": 2352,
+                                         "facts": {"outputs": 300, "live_outputs": 262, ...}}}},
+                 ...],
      "layers": [{"name": "hidden1", "shape": [300, 784], "nnz": 4700, "impl": "cpu"}, ...],
      "connections": {"start": [...], "end": [...]} or null,   leaving each input pixel of a fully
                                         connected first layer, row by row
