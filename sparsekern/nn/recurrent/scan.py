@@ -23,6 +23,7 @@ from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.recurrent.compiled import BACKWARD
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.products import Product, recipe_of
+from sparsekern.nn.recurrent.unrolled import is_transformed, unrolled
 from sparsekern.ops import capture
 from sparsekern.ops.direct import is_plain
 from sparsekern.ops.library import check_unchanged, is_traced
@@ -58,6 +59,8 @@ def scan(
     Raises:
         UnavailableError: where its gradient is to be differentiated again.
     """
+    if is_transformed():
+        return unrolled(kind, inputs, state, hidden, projection, sizes, reverse=reverse)
     layers = [hidden] if projection is None else [hidden, projection]
     recipes = [recipe_of(layer, inputs.dtype) for layer in layers]
     tensors = [inputs, recipes[0].bias, *state, *(t for r in recipes for t in r.tensors)]
