@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.ops.direct import is_plain
-from sparsekern.ops.library import below_autograd, define, differentiate, vectorize
-from sparsekern.ops.transforms import Rule, folded
+from sparsekern.ops.library import define, differentiate, vectorize
+from sparsekern.ops.transforms import Rule, below_autograd, folded
 
 _C: Any = torch._C  # untyped in torch
 

@@ -20,7 +20,6 @@ from sparsekern.ops.layout import format_of
 from sparsekern.ops.library import (
     NO_GRADS,
     TOPOLOGY,
-    below_autograd,
     checked_topology,
     define,
     differentiate,
@@ -32,6 +31,7 @@ from sparsekern.ops.library import (
     vectorize,
 )
 from sparsekern.ops.transforms import (
+    below_autograd,
     bilinear_tangent,
     both_gradients,
     each,

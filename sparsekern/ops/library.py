@@ -20,6 +20,7 @@ from sparsekern.ops.dispatch import backend
 from sparsekern.ops.grow import grow_scores_of
 from sparsekern.ops.transforms import (
     Rule,
+    below_autograd,
     bilinear_tangent,
     both_gradients,
     each,
@@ -215,12 +216,6 @@ def check_unchanged(arrays: Sequence[Tensor], versions: tuple[int, ...] | None) 
 def _plain_spmm(x: Tensor, values: Tensor, rest: tuple[Any, ...]) -> Any:
     *parts, impl = rest
     return spmm(x, values, None, *parts, False, impl)
-
-
-def below_autograd(op: Any, *args: Any) -> Any:
-    """Call an operator from its own autograd function."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
 
 
 class _Spmm(torch.autograd.Function):

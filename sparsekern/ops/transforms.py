@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils._pytree import tree_leaves
 
 from sparsekern.errors import UnavailableError
@@ -43,6 +44,16 @@ def kernel_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
             return single(*args)
 
     return kernel
+
+
+def below_autograd(op: Any, *args: Any) -> Any:
+    """Call an operator from its own autograd function."""
+    if not _C._are_functorch_transforms_active():
+        with _C._AutoDispatchBelowAutograd():
+            return op(*args)
+    # an autograd function turns both off, but the next level may differentiate too
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 # ---- forward-mode derivatives
