@@ -81,15 +81,17 @@ TRANSFORMS = {
     "grad": lambda f: grad(loss(f), (0, 1)),
     "jvp": lambda f: lambda p, x: jvp(f, (p, x), (ones_like(p), x.roll(1, 0))),
     "jvp of x": lambda f: lambda p, x: jvp(lambda x: f(p, x), (x,), (x.roll(1, 0),)),
-    "jvp of bias": lambda f: lambda p, x: jvp(
-        lambda b: f({**p, "bias": b}, x), (p["bias"],), (p["bias"],)
+    "jvp of bias": lambda f: (
+        lambda p, x: jvp(lambda b: f({**p, "bias": b}, x), (p["bias"],), (p["bias"],))
     ),
     "vmap": lambda f: lambda p, x: vmap(f, (None, 1), 2)(p, torch.stack([x, -x], 1)),
-    "ensemble": lambda f: lambda p, x: vmap(f, (0, None))(
-        {k: torch.stack([t, 2 * t]) for k, t in p.items()}, x
+    "ensemble": lambda f: (
+        lambda p, x: vmap(f, (0, None))({k: torch.stack([t, 2 * t]) for k, t in p.items()}, x)
     ),
-    "ensemble's grad": lambda f: lambda p, x: vmap(grad(loss(f)), (0, 0))(
-        {k: torch.stack([t, 2 * t]) for k, t in p.items()}, torch.stack([x, x + 1])
+    "ensemble's grad": lambda f: (
+        lambda p, x: vmap(grad(loss(f)), (0, 0))(
+            {k: torch.stack([t, 2 * t]) for k, t in p.items()}, torch.stack([x, x + 1])
+        )
     ),
     "per-sample gradients": per_sample,
     "jacrev": lambda f: jacrev(lambda p, x: f(p, x).sum(0)),
@@ -119,7 +121,9 @@ def test_the_reference_bits(name, block, transform):
 @pytest.mark.parametrize("impl", ["dense", "triton"])
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "per-sample gradients"])
 def test_other_implementations(impl, transform):
-    sparse, reference, parameters, x = case("linear", 1, impl, dtype=torch.float32 if impl == "triton" else F64)
+    sparse, reference, parameters, x = case(
+        "linear", 1, impl, dtype=torch.float32 if impl == "triton" else F64
+    )
     torch.manual_seed(1)
     got = TRANSFORMS[transform](sparse)(parameters, x)
     torch.manual_seed(1)
@@ -211,18 +215,14 @@ def test_attention_and_a_cell():
     x = torch.randn(5, 3, 8, dtype=F64)
     attention = sk.SparseMultiheadAttention(8, 2, sparsity=0.5, dtype=F64)
     cell = sk.SparseLSTMCell(8, 6, sparsity=0.5, dtype=F64)
-    for layer, run in (
-        (attention, lambda m, x: m(x, x, x, need_weights=False)[0]),
-        (cell, lambda m, x: m(x[0])[0]),
-    ):
+    for layer, inputs in ((attention, (x, x, x)), (cell, (x[0],))):
         parameters = dict(layer.named_parameters())
-        want = torch.autograd.grad(run(layer, x).square().sum(), list(parameters.values()))
-        free = {k: p.detach() for k, p in parameters.items()}
-        got = grad(
-            lambda p, layer=layer, run=run: run(
-                lambda *a, **k: functional_call(layer, p, a, k), x
-            ).square().sum()
-        )(free)
+
+        def loss(held, layer=layer, inputs=inputs):
+            return functional_call(layer, held, inputs)[0].square().sum()
+
+        want = torch.autograd.grad(loss(parameters), list(parameters.values()))
+        got = grad(loss)({k: p.detach() for k, p in parameters.items()})
         for mine, theirs in zip(got.values(), want, strict=True):
             assert_close(mine, theirs, type(layer).__name__)
 
@@ -281,7 +281,7 @@ FORWARDS = {
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_an_observer_is_given_the_dense_gradient(forward):
     """Of a backward pass over transforms, exactly."""
-    sparse, _, parameters, x = case("linear", 1)
+    _, _, parameters, x = case("linear", 1)
     layer = sk.SparseLinear(9, 12, sparsity=0.5, dtype=F64)
     layer.set_active_values(layer.topology.pack(integers(12, 9, dtype=F64)))
     layer.bias.data.copy_(parameters["bias"])

@@ -92,7 +92,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
     try:
         op = getattr(importlib.import_module("onnxscript"), f"opset{OPSET}")
     except ImportError as error:
-        raise UnavailableError(f"ONNX files need the packages onnx and onnxscript: {error}") from error
+        raise UnavailableError(
+            f"ONNX files need the packages onnx and onnxscript: {error}"
+        ) from error
     dense = _Dense(op)
 
     def spmm(
@@ -178,9 +180,7 @@ class _Dense:
 
     def _rows(self, crow: Any, col: Any) -> Any:
         """(nnzb, 1), the block row of each block: how many rows after the first start by then."""
-        starts = self.op.Slice(
-            self._wide(crow), self._ints([1]), self._ints([-1]), self._ints([0])
-        )
+        starts = self.op.Slice(self._wide(crow), self._ints([1]), self._ints([-1]), self._ints([0]))
         nnzb = self.op.Shape(col)
         none = self.op.Expand(self._ints([0]), self.op.Add(nnzb, self._ints([1])))
         ones = self.op.Expand(self._ints([1]), self.op.Shape(starts))

@@ -26,7 +26,7 @@ from sparsekern.nn.recurrent.products import Product, recipe_of
 from sparsekern.nn.recurrent.unrolled import is_transformed, unrolled
 from sparsekern.ops import capture
 from sparsekern.ops.direct import is_plain
-from sparsekern.ops.library import check_unchanged, is_traced
+from sparsekern.ops.library import check_unchanged
 from sparsekern.ops.ranges import ranged
 from sparsekern.topology import Topology
 from sparsekern.topology.known import versions_if_counted
@@ -75,11 +75,6 @@ def scan(
         for layer, recipe in zip(layers, recipes, strict=True)
     ]
     plan = _Plan(kind, tuple(sizes), reverse, weights, keep)
-    if is_traced():  # the tracer can't enter an autograd function
-        held = [t for recipe in recipes for t in recipe.tensors]
-        with _bare(inputs):
-            kept, final = _forward(plan._replace(keep=False), inputs, recipes[0].bias, state, held)
-        return kept[0], *final
     result: tuple[Tensor, ...] = _Scan.apply(plan, *tensors)  # type: ignore[no-untyped-call]
     return result
 

@@ -1,6 +1,7 @@
 """The recurrence as torch's own differentiable operators, one time step after the other.
 
-For who has to see into it: transforms of `torch.func`, forward-mode derivatives, `torch.export`.
+For who has to see into it: transforms of `torch.func`, forward-mode derivatives, `torch.export`,
+`torch.jit.trace`.
 It keeps more of each step than `scan` does, and takes longer.
 """
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sparsekern.ops.library import is_traced
+
 _C: Any = torch._C  # untyped in torch
 States = Sequence[Tensor]
 
@@ -21,6 +24,7 @@ def is_transformed() -> bool:
     """Whether something acts now that an autograd function over all time would stop."""
     return bool(
         torch.compiler.is_compiling()
+        or is_traced()
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -55,19 +59,20 @@ def _pairs(new: States, old: States) -> zip[tuple[Tensor, Tensor]]:
     return zip(new, old, strict=True)
 
 
-# ---- the next states of (input's contribution, hidden state's, last states); see `gates`
+# ---- the next states of (input's contribution, hidden state's, last states), by the operators of
+# `gates`, for the same bits
 
 
 def _gru(x: Tensor, a: Tensor, state: States) -> States:
     (x_r, x_z, x_n), (a_r, a_z, a_n) = x.chunk(3, 1), a.chunk(3, 1)
-    n = torch.tanh(x_n + torch.sigmoid(x_r + a_r) * a_n)
-    return (n + torch.sigmoid(x_z + a_z) * (state[0] - n),)
+    n = torch.addcmul(x_n, torch.sigmoid(x_r + a_r), a_n).tanh()
+    return (torch.lerp(n, state[0], torch.sigmoid(x_z + a_z)),)
 
 
 def _lstm(x: Tensor, a: Tensor, state: States) -> States:
     i, f, g, o = (x + a).chunk(4, 1)
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    c = torch.addcmul(torch.sigmoid(f) * state[1], torch.sigmoid(i), torch.tanh(g))
+    return torch.tanh(c) * torch.sigmoid(o), c
 
 
 CELLS: dict[str, Callable[[Tensor, Tensor, States], States]] = {
