@@ -5,7 +5,9 @@ which round otherwise: see `test_recurrent` for how close they must be.
 """
 
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 import sparsekern as sk
 from sparsekern.errors import ConfigError, UnavailableError
 from sparsekern.integrations.onnx import export_onnx
+from sparsekern.ops.capture import capture, capture_backward, register
 
 F64 = torch.float64
 
@@ -92,6 +95,47 @@ def test_an_onnx_file_needs_its_packages(monkeypatch):
         export_onnx(made("linear")[0], (made("linear")[1],))
     with pytest.raises(ConfigError, match="dynamo"):
         export_onnx(made("linear")[0], (made("linear")[1],), dynamo=True)
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_what_the_docs_say_runs(block):
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[block], {})  # the page's own text
+
+
+# ---- operators
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck_of_capture(requires_grad):
+    class Sink:
+        def expect(self):
+            pass
+
+        receive = staticmethod(lambda dy, x: None)
+
+    y, x, values = (
+        torch.randn(*size, requires_grad=requires_grad) for size in ((3, 4), (3, 5), (6, 1, 1))
+    )
+    sink = Sink()
+    key = register(sink)
+    for op, args in ((capture, (y, x, values, key)), (capture_backward, (y, x, key))):
+        verdict = torch.library.opcheck(op, args)
+        assert set(verdict.values()) == {"SUCCESS"}
+        assert len(verdict) == 4
+
+
+def test_every_operator_is_checked():
+    """By `opcheck`: here, in test_ops.py or in test_conv_ops.py; a new one has to join them."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if "sparsekern::" in name}
+    assert names == {
+        f"sparsekern::{name}"
+        for name in (
+            *("spmm", "spmm_t", "sddmm", "sddmm_add", "spmm_backward", "grow_scores"),
+            *("conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_backward"),
+            *("capture", "capture_backward"),
+        )
+    }
 
 
 # ---- torch.compile

@@ -245,12 +245,18 @@ class _Spmm(torch.autograd.Function):
     def jvp(ctx: Any, tx: Any, t_values: Any, t_bias: Any, *_: Any) -> Tensor | None:
         (x, values, *clamped), rest = restore(ctx)
         product = bilinear_tangent(_plain_spmm, (x, values), (tx, t_values), rest)
-        if product is None and t_bias is not None:
-            t_bias = t_bias.expand(x.shape[0], -1)
-        ty = tangent_sum(product, t_bias)
-        if clamped and ty is not None:
-            ty = torch.ops.aten.threshold_backward(ty, clamped[0], 0)
-        return ty
+        ty = tangent_sum(product, None if t_bias is None else t_bias.expand(x.shape[0], -1))
+        return torch.ops.aten.threshold_backward(ty, clamped[0], 0) if clamped else ty
+
+
+def _tangent_of(op: Any) -> Callable[..., Tensor | None]:
+    """The forward derivative of an operator of two tensors."""
+
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        operands, rest = restore(ctx)
+        return bilinear_tangent(op, operands, tangents[:2], *rest)
+
+    return jvp
 
 
 def gradient_functions(
@@ -279,10 +285,7 @@ def gradient_functions(
             d_values = sampled(dy, g, *rest) if needs_values else None
             return d_dy, d_values, *NO_GRADS
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
-            operands, rest = restore(ctx)
-            return bilinear_tangent(transposed, operands, tangents[:2], *rest)
+        jvp = staticmethod(_tangent_of(transposed))
 
     class Sampled(torch.autograd.Function):
         @staticmethod
@@ -298,10 +301,7 @@ def gradient_functions(
             d_x = transposed(dy, g, *rest) if needs_x else None
             return d_dy, d_x, *NO_GRADS
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
-            operands, rest = restore(ctx)
-            return bilinear_tangent(sampled, operands, tangents[:2], *rest)
+        jvp = staticmethod(_tangent_of(sampled))
 
     class Backward(torch.autograd.Function):
         @staticmethod

@@ -5,6 +5,8 @@ Other models are run in float64; see `test_recurrent` for how close they must be
 """
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +154,12 @@ def test_a_densified_model_and_the_table(tmp_path):
     os.remove(path)
     torch.onnx.export(sk.densify_(model), (x,), path, dynamo=True)
     assert torch.equal(run(path, x), want)
+
+
+def test_what_the_docs_say_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)  # the page's own text
+    assert torch.equal(run("model.onnx", torch.zeros(7, 64)), names["model"](torch.zeros(7, 64)))
