@@ -308,3 +308,46 @@ def test_arguments_out_of_their_domain_are_refused_before_anything_is_attached(n
         assert "sparsekern" not in optimizer.param_groups[0]
         backward(model, batch(0))
         optimizer.step()
+
+
+# ---- optimizers of which some miss rounds
+
+
+def halves(name, misses):
+    """A method with an optimizer for each half of the layers, the second of which misses rounds."""
+    model = net(name)
+    optimizers = [
+        torch.optim.SGD(half.parameters(), lr=2.0**-8, momentum=0.5)
+        for half in (model[:2], model[2:])
+    ]
+    method = attach(name, model, optimizers)
+    held = []
+    for i in range(STEPS):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        backward(model, batch(i))
+        for k, optimizer in enumerate(optimizers):
+            if not misses(i, k):
+                optimizer.step()
+        if name == "top-kast":
+            held += [
+                int(m.active_values().count_nonzero()) <= method.forward_blocks(m)
+                for m in method.layers.values()
+            ]
+    return method, held
+
+
+@every_method
+def test_an_optimizer_that_misses_steps_holds_nothing_up(name):
+    """As under GradScaler, which skips those of one optimizer alone."""
+    method, held = halves(name, lambda i, k: k == 1 and i % 4 == 1)
+    assert all(held)
+    assert len(method.history) >= 4 or name == "static"
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].default_step_on_update])
+def test_optimizers_that_take_turns_are_not_waited_for(name):
+    method, held = halves(name, lambda i, k: i % 2 != k)
+    assert all(held)
+    # a gradient of one batch is what these optimizers share no round of
+    assert len(method.history) >= 3 or METHODS[name].source.dense_at == "updates"

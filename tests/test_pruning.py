@@ -147,6 +147,26 @@ def test_an_active_zero_is_found_again():
     assert {n: int(m.sum()) for n, m in other.masks.items()} == kept
 
 
+def test_an_optimizer_that_misses_a_step_moves_nothing_that_is_pruned(caplog):
+    model = net()
+    optimizers = [OPTIMIZERS["sgd"](half.parameters()) for half in (model[:2], model[2:])]
+    method = sk.tickets.Pruning(model, optimizers, 0.8, t_end=10, update_freq=3)
+    for i in range(10):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        for optimizer in optimizers[: 1 if i % 3 == 1 else 2]:  # as GradScaler skips it
+            optimizer.step()
+        for name, mask in method.masks.items():
+            assert not method.weights[name][~mask].any()
+    with caplog.at_level(logging.WARNING):
+        step(model, optimizers[0], 0)
+        optimizers[1].step()
+    assert method.done
+    assert len(sk.sparse_layers(model)) == 3
+    assert "not carried over" not in caplog.text
+
+
 def test_blocks_go_as_a_whole():
     model = net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())

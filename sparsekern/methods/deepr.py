@@ -16,6 +16,7 @@ from sparsekern.methods.arguments import Arguments, shows_arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.numbers import check_number, learning_rate
 from sparsekern.methods.sources import Random
+from sparsekern.methods.steps import Moves
 from sparsekern.methods.update import TopologyUpdate, grow_random
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.connections import block_weights
@@ -97,14 +98,18 @@ class DeepR(Method):
         again = (made.source >= 0) & ~keep[made.source.clamp(min=0)]
         return TopologyUpdate(made.topology, made.source.masked_fill(again, -1))
 
-    def _weights_move(self) -> None:
-        super()._weights_move()
+    def _step_begins(self, moves: Moves) -> None:
+        super()._step_begins(moves)
         active = self.weight_steps < self.schedule.t_end
         layers = self.trained_layers() if active else {}
-        self._signs = {n: _blocks(m).sign().to(torch.int8) for n, m in layers.items()}
+        self._signs = {
+            name: _blocks(layer).sign().to(torch.int8)
+            for name, layer in layers.items()
+            if moves(sharded.trained(layer))
+        }
 
-    def _weights_moved(self) -> None:
-        super()._weights_moved()
+    def _step_ends(self, moves: Moves) -> None:
+        super()._step_ends(moves)
         signs, self._signs = self._signs, {}
         with torch.no_grad():
             for name, before in signs.items():

@@ -14,21 +14,18 @@ from torch.utils.hooks import RemovableHandle
 from sparsekern.carry.transaction import Attribute, Call, Item, Write
 from sparsekern.carry.wrappers import has_hooks, parameters, unwrapped
 from sparsekern.errors import ConfigError
-from sparsekern.methods import progress
+from sparsekern.methods import progress, steps
 from sparsekern.methods.change import UpdateRecord
 from sparsekern.methods.passes import BackwardPasses
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.registry import attached_to, note
 from sparsekern.methods.schedule import Schedule
-from sparsekern.methods.steps import Arguments, changes_weights, has_stepped, run_closure
 from sparsekern.ops.ranges import ranged
 
 log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
-PASSES_WITHOUT_STEP = 10
-"""Times `grad_accumulation`: so many backward passes without a step are worth a warning."""
+PASSES_WITHOUT_STEP = 10  # times `grad_accumulation`: worth a warning
 
 
 class Loop:
@@ -65,6 +62,7 @@ class Loop:
         self._moving = False  # that step changes weights
         self._round: list[torch.optim.Optimizer] = []  # who has stepped in it
         self._moved = False  # a step of this round did
+        self._waited = 0  # rounds that some optimizer missed, one after another, an update due
         self._spent = False  # an update of this round spent the gradients
         self._warned = False  # that none of the passes was followed by a step
         self._passed = False  # there was a backward pass since the last step
@@ -96,11 +94,14 @@ class Loop:
     def _weights_move(self) -> None:
         """Called before each weight step, and what update is made instead: gradients are there."""
 
-    def _weights_moved(self) -> None:
-        """Called after each weight step, before an update that belongs to it."""
+    def _step_begins(self, moves: steps.Moves) -> None:
+        """Called before an optimizer's step that changes weights, its own."""
+
+    def _step_ends(self, moves: steps.Moves) -> None:
+        """Called after it, before an update that belongs to it."""
 
     def _check_loads(self, with_state: bool) -> None:
-        """Called before each step: whether an optimizer's state was loaded since the last one."""
+        """Called before each step: whether an optimizer's state was loaded since the last."""
 
     def _connections(self) -> str | None:
         """A digest of all topologies as they are."""
@@ -186,7 +187,7 @@ class Loop:
         # those that step later keep gradients of zero until then: GradScaler wants to see some
         later = [c for c in self._chains if c[-1] is not stepping]
         kept = {id(p): p for chain in later for p in parameters(chain) if id(p) in own}
-        return [*writes, *(Call(partial(_zero_gradient, p)) for p in kept.values())]
+        return [*writes, *(Call(partial(steps.zero_gradient, p)) for p in kept.values())]
 
     # ---- attaching
 
@@ -199,9 +200,10 @@ class Loop:
             self._resume(resumed)
             self._state_of = resumed.connections
             self._publish()
+            level = logging.WARNING if self.weight_steps >= self.schedule.t_end else logging.INFO
             text = "%s goes on at weight step %d, as the optimizer's state says"
-            log.log(self._late(), text, type(self).__name__, self.weight_steps)
-        elif any(map(has_stepped, self._chains)):
+            log.log(level, text, type(self).__name__, self.weight_steps)
+        elif any(map(steps.has_stepped, self._chains)):
             self._say_nothing_found("the optimizer has taken steps")
 
     def _attach(self) -> None:
@@ -253,7 +255,7 @@ class Loop:
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Arguments | None:
+    ) -> steps.Arguments | None:
         chain = next(c for c in self._chains if any(o is optimizer for o in c))
         around = chain[: chain.index(optimizer)]
         if not any(self._outermost is outer for outer in around):
@@ -263,20 +265,22 @@ class Loop:
         self._stepping, self._moving = optimizer, False
         self._check_loads(self._state_loaded)
         self._state_loaded = False
-        run = run_closure(args, kwargs)
+        run = steps.run_closure(args, kwargs)
         if self._passed or any(optimizer is other for other in self._round):
             self._close_round()
         spent = self._spent
         if spent:
             for parameter in parameters(chain):
                 parameter.grad = None
-        moving = changes_weights(chain, self._passed)
+        moving = steps.changes_weights(chain, self._passed)
         self._passed = False
         if moving and not self._moved:
             self._weights_move()
             if self.step():
                 spent = self._spent = True
         self._moving = moving and not spent
+        if self._moving:
+            self._step_begins(steps.moved_by(optimizer, self._chains))
         if run is None:
             return None
         closure, handed_on = run
@@ -294,16 +298,20 @@ class Loop:
         self._round.append(stepped)
         self._moved |= self._moving
         self._publish()
-        if len(self._round) == len(self._chains):
-            if self._moved:
-                self._weights_moved()
-            if self._moved and self.step_on_update:
-                self._update_if_due()
+        if self._moving:
+            self._step_ends(steps.moved_by(stepped, self._chains))
+        whole = len(self._round) == len(self._chains)
+        # optimizers that take turns make no whole round: the update waits for a turn of each
+        if self._moved and (whole or self._waited >= len(self._chains)) and self.step_on_update:
+            self._update_if_due()
+        if whole:
             self._close_round()
 
     def _close_round(self) -> None:
         if not self._round:
             return
+        whole = len(self._round) == len(self._chains)
+        self._waited = 0 if whole or not self.due else self._waited + 1
         self.weight_steps += self._moved
         self._round.clear()
         self._moved = self._spent = False
@@ -383,9 +391,6 @@ class Loop:
         self._moved = self._spent = False
         self._watch(self.due)
 
-    def _late(self) -> int:
-        return logging.WARNING if self.weight_steps >= self.schedule.t_end else logging.INFO
-
     def _say_nothing_found(self, what: str) -> None:
         log.warning(
             "%s: the schedule of %s goes on at weight step %d; load its own state if it has one",
@@ -393,7 +398,3 @@ class Loop:
             type(self).__name__,
             self.weight_steps,
         )
-
-
-def _zero_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = torch.zeros_like(parameter)

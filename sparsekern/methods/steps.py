@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sparsekern.carry.wrappers import parameters
 
+Moves = Callable[[Tensor], bool]
+"""Whether a step is that of the optimizer which holds a parameter."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What an optimizer's step was called with: positional (itself first) and by name."""
 
@@ -94,3 +96,22 @@ def has_stepped(chain: Sequence[torch.optim.Optimizer]) -> bool:
     """Whether an optimizer's state tells of steps; some make their state before the first."""
     states = [state for optimizer in chain for state in optimizer.state.values() if state]
     return any(float(state.get("step", 1)) > 0 for state in states)
+
+
+def moved_by(
+    optimizer: torch.optim.Optimizer, chains: Sequence[Sequence[torch.optim.Optimizer]]
+) -> Moves:
+    """Which parameters are moved by a step of this optimizer, the innermost of one of the chains.
+
+    All, if there is no other: one may move more than its groups name, as ZeRO does.
+    """
+    if len(chains) == 1:
+        return lambda _parameter: True
+    chain = next(chain for chain in chains if chain[-1] is optimizer)
+    own = {id(parameter) for parameter in parameters(chain)}
+    return lambda parameter: id(parameter) in own
+
+
+def zero_gradient(parameter: Tensor) -> None:
+    """As after a backward pass that found nothing."""
+    parameter.grad = torch.zeros_like(parameter)

@@ -16,6 +16,7 @@ from sparsekern.methods.arguments import Arguments, shows_arguments
 from sparsekern.methods.base import Method
 from sparsekern.methods.numbers import check_number, learning_rate
 from sparsekern.methods.reserve import Reserve
+from sparsekern.methods.steps import Moves
 from sparsekern.methods.update import drop_count, drop_smallest
 from sparsekern.nn import SparseLayer
 from sparsekern.topology.select import top_k_mask
@@ -102,16 +103,19 @@ class TopKAST(Method):
         forward = top_k_mask(self.drop_scores(name, layer), self.forward_blocks(layer))
         self.growth.part(name, (~forward).nonzero()[:, 0])
 
-    def _weights_move(self) -> None:
-        for name in self.trained_layers():
-            self.growth.restore(name)
-        super()._weights_move()
+    def _step_begins(self, moves: Moves) -> None:
+        super()._step_begins(moves)
+        for name, layer in self.trained_layers().items():
+            if moves(layer.values):
+                self.growth.restore(name)
 
-    def _weights_moved(self) -> None:
-        super()._weights_moved()
+    def _step_ends(self, moves: Moves) -> None:
+        super()._step_ends(moves)
         after = self.weight_steps - self.schedule.t_end  # before, updates see to it
         anew = after >= 0 and after % self.schedule.freq == 0
         for name, layer in self.trained_layers().items():
+            if not moves(layer.values):
+                continue
             self._pull(name, layer)
             if anew or name not in self.growth.at:
                 self._choose(name, layer)

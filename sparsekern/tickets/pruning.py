@@ -19,6 +19,7 @@ from sparsekern.methods.change import LayerChange, UpdateRecord
 from sparsekern.methods.loop import Loop
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import CubicSchedule, check_int, resolve_end
+from sparsekern.methods.steps import Moves
 from sparsekern.nn.sharded import is_sharded
 from sparsekern.swap import Pattern, candidates, sparse_layers, sparsify_
 from sparsekern.swap.refuse import check_model
@@ -175,12 +176,13 @@ class Pruning(Loop):
         if with_state or self._masks is None:  # now, before the step moves what is zero
             self._masks = self._read()
 
-    def _weights_moved(self) -> None:
+    def _step_ends(self, moves: Moves) -> None:
         """Momentum moves what is zero too: it is zero again."""
         if self.last_update is not None:
             with torch.no_grad():
                 for name, mask in self.masks.items():
-                    self.weights[name].mul_(mask)
+                    if moves(self.weights[name]):
+                        self.weights[name].mul_(mask)
 
     def _update_if_due(self) -> bool:
         made = super()._update_if_due()
@@ -240,6 +242,7 @@ class Pruning(Loop):
     def _turn_sparse(self) -> None:
         if not self.weights:
             raise ConfigError("the layers have turned sparse already")
+        self._stop_counting()  # by hooks on the parameters, which would be missed
         pruned = {name: mask for name, mask in self.masks.items() if not bool(mask.all())}
         sparsify_(
             self.model,
