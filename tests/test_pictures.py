@@ -107,6 +107,7 @@ def test_layers_over_updates(named):
     if named:  # the number of weights is in newer files alone
         wanted["density"] = [70 / 360, 69 / 360, 68 / 360]
     assert set(rows) == set(wanted)
+    assert ("not in the file: density" in made.get_supxlabel()) is not named
     for name, values in wanted.items():
         (line,) = rows[name].lines
         assert list(line.get_xdata()) == [0, 20, 40]
@@ -115,6 +116,11 @@ def test_layers_over_updates(named):
     assert legend_of(made) == ["fc1"]
     with pytest.raises(ConfigError, match="a method that updates a topology"):
         layers.draw_layers(of(run("static")))
+    old = run("rigl")
+    for update in old["updates"]:
+        update["layers"]["fc1"]["facts"] = None
+    with pytest.raises(ConfigError, match="written before they were kept"):
+        layers.draw_layers(of(run("dense"), old))
 
 
 # ---- which runs
@@ -241,6 +247,7 @@ BROKEN = {
     "no JSON": ("{", "expected a result file"),
     "a list": ("[]", "expected a result file"),
     "format": (json.dumps(content() | {"format": 1}), "format 2; got format 1"),
+    "data": (json.dumps(content() | {"data": 3}), "must be objects"),
     "no runs": (json.dumps({"format": 2, "data": {}, "task": {}, "dense": {}}), "runs"),
     "a field": (json.dumps(content({"state": "done"})), "run 0: expected a run"),
     "a score": (changed("test", 0.9), "run 0: expected a run"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsekern import SET, RigL, SparseConv2d, SparseLinear, Static, sparse_layers, topology_facts
 from sparsekern.errors import ConfigError
+from sparsekern.nn.facts import TopologyFacts
 from sparsekern.topology import Topology
 from sparsekern.topology.packed import (
     count_bits,
@@ -28,7 +29,7 @@ def counted(mask):
     inputs = mask.transpose(0, 1).flatten(1).any(1)
     live = sum(n > 0 for n in fan_in)
     median = statistics.median_low(fan_in)
-    return (len(fan_in), live, len(inputs), int(inputs.sum()), median, fan_in[-1])
+    return (len(fan_in), live, len(inputs), int(inputs.sum()), median, fan_in[-1], sum(fan_in))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
@@ -55,7 +56,7 @@ def test_inputs_of_groups_are_counted_one_by_one():
 def test_a_layer_without_connections():
     topology = Topology.from_positions(torch.empty(0, dtype=torch.int64), (4, 6))
     layer = SparseLinear(6, 4, topology=topology)
-    assert tuple(topology_facts(layer)[""]) == (4, 0, 6, 0, 0, 0)
+    assert tuple(topology_facts(layer)[""]) == (4, 0, 6, 0, 0, 0, 0)
 
 
 # ---- sets of positions
@@ -185,7 +186,7 @@ def test_histories_of_before_are_read_and_the_start_is_unknown_then(caplog):
     old = {
         "weight_steps": 3,
         "last_update": 2,
-        "history": '[[2, 0.3, {"0": [5, 4]}]]',
+        "history": '[[2, 0.3, {"0": [5, 4]}], [2, 0.3, {"0": [5, 4, [9, 8, 7, 6, 5, 4]]}]]',
         "connections": None,
     }
     optimizer.param_groups[0]["sparsekern"] = old
@@ -194,8 +195,13 @@ def test_histories_of_before_are_read_and_the_start_is_unknown_then(caplog):
     assert "it counts from here on" in caplog.text
     change = method.history[0].layers["0"]
     assert (change.dropped, change.grown, change.facts, change.overlap) == (5, 4, None, None)
+    assert method.history[1].layers["0"].facts == TopologyFacts(9, 8, 7, 6, 5, 4, None)
+    other = net()
+    resumed = RigL(other, sgd(other), t_end=100)
+    resumed.load_state_dict(method.state_dict())
+    assert resumed.history == method.history
     train(model, [optimizer], range(2))
-    change = method.history[1].layers["0"]
+    change = method.history[2].layers["0"]
     assert change.overlap is None
     assert change.facts is not None
     assert change.explored is not None

@@ -1,5 +1,6 @@
 """Runs of `sparsekern train` that break off, fail or go side by side lose themselves alone."""
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 import sparsekern as sk
 from sparsekern.cli.main import main
 from sparsekern.show.progress import Progress, span
-from sparsekern.training import data, runs
+from sparsekern.training import data, report, results, runs
 from sparsekern.training.config import PRESETS, TrainConfig
 from sparsekern.training.grid import Grid, Spec
 from sparsekern.training.network import build
@@ -141,6 +142,38 @@ def test_a_run_that_breaks_or_diverges_is_told_and_tried_again(tmp_path, capsys)
     assert [(s.cell.method, s.seed) for s in again] == [("nets:Breaks", 1)]
 
 
+@pytest.mark.parametrize("fails", [2, 99])
+def test_a_disk_that_is_full_costs_no_result(fails, whole, tmp_path, capsys, monkeypatch):
+    """For a while, or to the end; what is told is told on the screen at least."""
+    tries = []
+
+    def write_whole(path, content):
+        tries.append(path)
+        if len(tries) <= fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_text(content)
+
+    def save(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results, "write_whole", write_whole)
+    monkeypatch.setattr(sk, "save", save)
+    path = tmp_path / "r.json"
+    status = main([*LINE, "--json", str(path), "--save", str(tmp_path / "nets")])
+    assert status == (0 if fails == 2 else 2)
+    out, err = capsys.readouterr()
+    text = " ".join(out.split())
+    assert "Mean ± standard deviation of 2 seeds" in text
+    assert "rigl 0.95, seed 1: weights were not saved: OSError: [Errno 28] No space" in text
+    assert path.is_file() is (fails == 2)
+    assert ("can be written; got" in err) is (fails == 99)
+    assert ("Results as JSON" in text) is (fails == 2)
+    if fails == 2:
+        content = bits(path)
+        assert all("No space" in run.pop("unsaved") for run in content["runs"])
+        assert content == whole
+
+
 def test_a_process_that_dies_loses_its_run_alone_and_others_have_the_same_bits(whole):
     given = {"hidden": (16,), "epochs": 1, "update_freq": 4, "seeds": 2, "validation": 0.1}
     config = replace(PRESETS["digits"], methods=("rigl", "nets:Dies"), **given)
@@ -163,6 +196,7 @@ def test_a_process_that_dies_loses_its_run_alone_and_others_have_the_same_bits(w
 
 def test_another_configuration_is_refused_by_name(whole, tmp_path, capsys):
     path = tmp_path / "r.json"
+    whole = with_times(whole)
     path.write_text(json.dumps(whole))
     line = [*LINE, "--json", str(path), "--resume"]
     for extra, text in (
@@ -242,6 +276,49 @@ def test_the_table_has_80_columns_whatever_is_in_it(capsys):
     assert sum(line.startswith("dense") for line in lines) == 1
 
 
+def test_why_steps_are_slower_is_said_of_each_method(whole):
+    content = with_times(whole)
+    (rigl,) = [r for r in content["runs"] if r["method"] == "rigl" and r["seed"] == 0]
+    assert rigl["dense_at"] == "updates"
+    rigl["step_seconds"] = 20 * rigl["step_seconds"]
+    snfs = {**rigl, "method": "snfs", "dense_at": "steps"}
+    own = {**rigl, "method": "nets:Own", "dense_at": "steps"}
+    content["runs"] += [snfs, own, {**snfs, "multiplier": 2.0}]
+    del content["runs"][-1]["dense_at"]  # as in files of before
+    text = " ".join(report.table(content).split())
+    assert re.search(r"Steps of rigl take \S+ times [^:]*: the largest sparse layer", text)
+    assert re.search(r"Steps of snfs, Own, snfs, 2x take \S+ times [^:]*: each computes", text)
+
+
+DAMAGES = {
+    "data": (("data",), None, "it: `data` must be dict"),
+    "task": (("task",), 3, "it: `task` must be dict"),
+    "dense": (("dense", "training"), "x", "dense: `training` must be int or float"),
+    "run": (("runs", 1), [], "run 1: expected an object"),
+    "method": (("runs", 1, "method"), None, "run 1: `method` must be str"),
+    "block": (("runs", 1, "block"), [1], "run 1, block: expected two positive ints"),
+    "curve": (("runs", 1, "curve"), [], "run 1: `curve` must have a point"),
+    "score": (("runs", 1, "test"), {"bits": None}, "run 1, test: `accuracy` is missing"),
+    "held": (("runs", 1, "held", "index"), True, "run 1, held: `index` must be int or float"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_named_with_what_it_lacks(name, whole, tmp_path, capsys):
+    *keys, last = DAMAGES[name][0]
+    content = with_times(whole)
+    part = content
+    for key in keys:
+        part = part[key]
+    part[last] = DAMAGES[name][1]
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(content))
+    for line in (["compare"], [*LINE, "--resume", "--json"]):
+        assert main([*line, str(path)]) == 2
+        (told,) = capsys.readouterr().err.splitlines()
+        assert f"{path}: expected a result file of sparsekern train: {DAMAGES[name][2]}" in told
+
+
 def test_compare_joins_what_was_tested_on_the_same(whole, tmp_path, capsys):
     for i in range(2):
         (tmp_path / f"{i}.json").write_text(json.dumps(with_times(whole)))
@@ -271,7 +348,7 @@ def test_compare_joins_what_was_tested_on_the_same(whole, tmp_path, capsys):
 
 def with_times(content):
     content = json.loads(json.dumps(content))
-    content["environment"] = {}
+    content["environment"] = {"numba": "0"}
     for run in content["runs"]:
         run.update(dict.fromkeys(TIMES, 0.001))
     return content

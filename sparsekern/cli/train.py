@@ -87,7 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stdout.write(facts + "\n")
     with _termination():
         whole = _run_all(task, data, file, arguments.jobs, quiet=arguments.quiet)
-    _show_results(file, arguments, data, facts)
+    problem = _write_last(file)
+    _show_results(file, arguments, data, facts, written=problem is None)
+    if problem is not None:
+        raise problem
     if whole:
         return 0
     left = f"{len(file.missing)} of {len(file.specs)} runs are missing"
@@ -117,16 +120,31 @@ def _run_all(task: Task, data: Dataset, file: ResultFile, jobs: int, *, quiet: b
     try:
         with progress:
             for spec, found in outcomes:
-                file.add(spec, found)
-                progress.end(_outcome(found), labels[spec])
+                progress.end(_outcome(found) + _add(file, spec, found), labels[spec])
     except KeyboardInterrupt:
-        if len(file.missing) < len(file.specs):  # it may have come while the file was written
-            file.write()
         return False
     finally:
         outcomes.close()
-    file.write()
     return True
+
+
+def _add(file: ResultFile, spec: Spec, found: Mapping[str, Any]) -> str:
+    """Keep a run; words on a file that can't be written now, which costs no run."""
+    try:
+        file.add(spec, found)
+    except ConfigError as error:
+        return f"; {error}; it is tried again after the next run"
+    return ""
+
+
+def _write_last(file: ResultFile) -> ConfigError | None:
+    """Write the file, once more; what is in the way is told when the results are shown."""
+    try:
+        if file.content()["runs"]:
+            file.write()
+    except ConfigError as error:
+        return error
+    return None
 
 
 @contextmanager
@@ -148,13 +166,13 @@ def _termination() -> Iterator[None]:
 
 
 def _show_results(
-    file: ResultFile, arguments: argparse.Namespace, data: Dataset, facts: str
+    file: ResultFile, arguments: argparse.Namespace, data: Dataset, facts: str, *, written: bool
 ) -> None:
     content = file.asked()
     if not content["runs"]:
         return
     sys.stdout.write("\n" + report.table(content) + "\n")
-    if arguments.json:
+    if arguments.json and written:
         sys.stdout.write(f"Results as JSON: {arguments.json}\n")
     if arguments.picture and isinstance(data, Images):
         drawn = _drawn(content["runs"])

@@ -175,7 +175,8 @@ def _change(
 ) -> LayerChange | None:
     figures = None if facts is None else TopologyFacts(*facts)
     shares = [share for share in (overlap, explored) if share is not None]
-    good = all(map(_is_count, (dropped, grown, *(figures or ()))))
+    counts = [n for n in figures or () if n is not None]  # the last is new
+    good = all(map(_is_count, (dropped, grown, *counts)))
     if not (good and all(isinstance(s, int | float) and 0 <= s <= 1 for s in shares)):
         return None
     return LayerChange(dropped, grown, figures, overlap, explored)  # type: ignore[arg-type]

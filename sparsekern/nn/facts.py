@@ -26,6 +26,7 @@ class TopologyFacts(NamedTuple):
         fan_in_median: connections of an output, dead ones among them; of two in the middle the
             lower.
         fan_in_max: most connections of an output.
+        nnz: connections in all; None in histories of before they were counted.
     """
 
     outputs: int
@@ -34,6 +35,7 @@ class TopologyFacts(NamedTuple):
     live_inputs: int
     fan_in_median: int
     fan_in_max: int
+    nnz: int | None = None
 
 
 def facts_of(topologies: Iterable[Topology]) -> list[TopologyFacts]:
@@ -44,18 +46,18 @@ def facts_of(topologies: Iterable[Topology]) -> list[TopologyFacts]:
     figures = [_figures(topology) for topology in known]
     read = torch.stack([f.to(figures[0].device) for f in figures]).tolist()
     made = []
-    for topology, (live_outputs, live_inputs, median, most) in zip(known, read, strict=True):
+    for topology, (live_outputs, live_inputs, *others) in zip(known, read, strict=True):
         inputs = topology.grid.part[1] * topology.groups
-        made.append(
-            TopologyFacts(topology.shape[0], live_outputs, inputs, live_inputs, median, most)
-        )
+        outputs = topology.shape[0]
+        made.append(TopologyFacts(outputs, live_outputs, inputs, live_inputs, *others))
     return made
 
 
 def _figures(topology: Topology) -> Tensor:
-    """(4,) int64 on the device: live outputs, live inputs, median and largest fan-in."""
+    """(5,) int64 on the device: live outputs, live inputs, median and largest fan-in, its sum."""
     counts = fan_in(topology).long()
-    return torch.stack([(counts > 0).sum(), _live_inputs(topology), counts.median(), counts.max()])
+    live = (counts > 0).sum(), _live_inputs(topology)
+    return torch.stack([*live, counts.median(), counts.max(), counts.sum()])
 
 
 def _live_inputs(topology: Topology) -> Tensor:

@@ -33,11 +33,11 @@ class Meter:
         self.nnz = active_weights(model, method)
         self.segments = [Segment(self._forward())]
         # what a method that is not one of ours to ask costs: a Pruning looks at magnitudes alone
-        self._dense_at = method.dense_at if isinstance(method, Method) else "never"
+        self.dense_at = method.dense_at if isinstance(method, Method) else "never"
 
     def weight_step(self, updated: bool) -> None:
         """A step that moved weights; whether the topology was updated with it."""
-        dense = self._dense_at == EVERY_STEP or (updated and self._dense_at == UPDATES)
+        dense = self.dense_at == EVERY_STEP or (updated and self.dense_at == UPDATES)
         now = self.segments[-1]
         self.segments[-1] = now._replace(
             weight_steps=now.weight_steps + 1, dense_steps=now.dense_steps + dense

@@ -66,6 +66,7 @@ class RunResult:
         updates: topology updates.
         update_batches: batches that updates spent instead of a weight step.
         flops: by formula.
+        dense_at: when its method computed dense gradients, see `Source`.
         held: bytes of real tensors.
         layers: the sparse ones.
         seconds: wall-clock time of training, evaluation left out.
@@ -86,6 +87,7 @@ class RunResult:
     updates: int
     update_batches: int
     flops: Flops
+    dense_at: str
     held: HeldBytes
     layers: tuple[LayerFacts, ...]
     seconds: float
@@ -126,6 +128,7 @@ class RunResult:
                 for p in self.curve
             ],
             "flops": asdict(self.flops),
+            "dense_at": self.dense_at,
             "held": asdict(self.held),
             "weight_steps": self.weight_steps,
             "update_batches": self.update_batches,

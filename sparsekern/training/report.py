@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekern.cost.run_flops import FLOP_CONVENTION
+from sparsekern.methods import METHODS
 from sparsekern.show.tables import aligned, markdown
 from sparsekern.training.config import DENSE
 from sparsekern.training.grid import Cell, Spec
+from sparsekern.training.meter import EVERY_STEP
 from sparsekern.training.results import DONE
 
 WIDTH = 80
@@ -263,6 +265,8 @@ def _troubles(content: Content, found: Sequence[Row]) -> list[str]:
         if run["state"] != DONE:
             cell, seed = Spec.of_json(run)
             text.append(f"{cell.full_name}, lr {cell.lr:g}, seed {seed} failed: {run['error']}")
+        elif run.get("unsaved"):
+            text.append(f"{Spec.of_json(run).label}: weights were not saved: {run['unsaved']}")
     most = max((row.runs for row in found), default=0)
     text += [
         f"{row.name}: {row.runs} of {most} seeds are done."
@@ -278,10 +282,34 @@ def _speed(content: Content, found: Sequence[Row]) -> list[str]:
     slow = {row.name: row.step_ratio for row in sparse if row.step_ratio and row.step_ratio > 1}
     if not slow:
         return []
-    low, high = min(slow.values()), max(slow.values())
-    times = f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} to {high:.2g}"
-    which = ", ".join(slow) if len(slow) < len(sparse) else "sparse layers"
-    return [f"Steps of {which} take {times} times as long as dense ones here: {_why(content)}."]
+    looking = _looking(content)
+    busy, others = ([n for n in slow if (n in looking) is every] for every in (True, False))
+    text = []
+    if others:
+        which = ", ".join(others) if len(others) < len(sparse) else "sparse layers"
+        text.append(f"{_longer(which, [slow[n] for n in others])}: {_why(content)}.")
+    if busy:
+        told = _longer(", ".join(busy), [slow[n] for n in busy])
+        text.append(f"{told}: each computes a dense gradient of every sparse layer.")
+    return text
+
+
+def _longer(which: str, ratios: Sequence[float]) -> str:
+    low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
+    times = low if low == high else f"{low} to {high}"
+    return f"Steps of {which} take {times} times as long as dense ones here"
+
+
+def _looking(content: Content) -> set[str]:
+    """Rows whose method computes a dense gradient in every step."""
+    return {Spec.of_json(r).cell.name for r in content["runs"] if _dense_at(r) == EVERY_STEP}
+
+
+def _dense_at(run: Mapping[str, Any]) -> str | None:
+    """When a run computed dense gradients; what older files do not say, its method does."""
+    known = METHODS.get(run["method"])
+    told: str | None = run.get("dense_at", known and known.source.dense_at)
+    return told
 
 
 def _why(content: Content) -> str:

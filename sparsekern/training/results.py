@@ -37,6 +37,8 @@ A RUN that is done:
                "dense_equivalent": 532400,          the same net if every layer were dense
                "training": 2.4e12,      of the run, by the active weights of each step
                "inference_ratio": 0.0244, "training_ratio": 0.031},   to "dense" above
+     "dense_at": "updates",             when dense gradients were computed: "never", "updates" or
+                                        "steps"; older files lack it
      "held": {"weights": B, "gradients": B, "optimizer": B, "index": B},     bytes after the run
      "weight_steps": 5400, "update_batches": 41,
      "seconds": 21.0,                   of training: no evaluation, no counting
@@ -49,6 +51,7 @@ A RUN that is done:
      "layers": [{"name": "hidden1", "shape": [300, 784], "nnz": 4700, "impl": "cpu"}, ...],
      "connections": {"start": [...], "end": [...]} or null,   leaving each input pixel of a fully
                                         connected first layer, row by row
+     "unsaved": "OSError: ...",         only where --save could not write its weights
      "frames": null or {...}}           for the movie: what topology_frames gives as plain data
 
 A RUN that failed has the first six fields, "state": "failed" and "error": what was raised, in one
@@ -70,6 +73,7 @@ from sparsekern.cost.run_flops import FLOP_CONVENTION, forward_flops
 from sparsekern.errors import ConfigError, DataError
 from sparsekern.show.environment import environment
 from sparsekern.show.output_files import explained, write_whole
+from sparsekern.training import wellformed
 from sparsekern.training.config import TrainConfig
 from sparsekern.training.data import Dataset, Images, Text, for_model
 from sparsekern.training.grid import AXES, Spec
@@ -196,14 +200,28 @@ class ResultFile:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
+    """A result file, with all that tables are made of.
+
+    Raises:
+        DataError: as `content_of`; or something is missing; the text names it.
+    """
+    content = content_of(path)
+    try:
+        wellformed.check(content)
+    except DataError as error:
+        raise DataError(f"{path}: expected a result file of sparsekern train: {error}") from error
+    return content
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """What a result file says, for a reader that looks at it with care.
 
     Raises:
         DataError: it can't be read, is none, or is of another format; the text names it.
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a result file of sparsekern train: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
@@ -212,9 +230,6 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: expected a result file of sparsekern train in format {FORMAT}; got {older}"
         )
     whole: dict[str, Any] = content
-    needed = {"data", "task", "dense", "runs"}
-    if not needed <= set(content) or not isinstance(content["runs"], list):
-        raise DataError(f"{path}: expected a result file with {sorted(needed)}")
     return whole
 
 

@@ -94,17 +94,24 @@ def perform(task: Task, data: Dataset, spec: Spec, tell: Tell) -> dict[str, Any]
         if task.frames and isinstance(trainer.data, Images):
             trainer.frames = _frames(trainer)
         result = trainer.train(on_step)
-        if task.save is not None:
-            method = trainer.method if isinstance(trainer.method, Method) else None
-            path = task.save / file_name(spec)
-            sparsekern.save(path, trainer.model, trainer.optimizer, method, extra=spec.to_json())
     except Exception as error:  # whatever a method of the user's raises, it is this run's alone
         return failure(spec, told(error))
     facts = result.to_json()
     flops = facts["flops"]
     flops |= {f"{name}_ratio": flops[name] / task.dense[name] for name in task.dense}
     learned = result.learned(most_common(data), len(data.test_y))
-    return entry(spec, {"learned": learned, **facts})
+    unsaved = None if task.save is None else _saved(task.save / file_name(spec), trainer, spec)
+    return entry(spec, {"learned": learned, **facts, **({"unsaved": unsaved} if unsaved else {})})
+
+
+def _saved(path: Path, trainer: Trainer, spec: Spec) -> str | None:
+    """Write weights and topology; in words what is in the way, which costs no results."""
+    method = trainer.method if isinstance(trainer.method, Method) else None
+    try:
+        sparsekern.save(path, trainer.model, trainer.optimizer, method, extra=spec.to_json())
+    except Exception as error:  # a full disk, or what a method of the user's can't be saved for
+        return told(error)
+    return None
 
 
 def file_name(spec: Spec) -> str:

@@ -137,6 +137,7 @@ class Trainer:
             updates=len(updates),
             update_batches=sum(update.spent_batch for update in course.updates),
             flops=meter.flops(),
+            dense_at=meter.dense_at,
             held=held,
             layers=_layer_facts(self.model),
             seconds=course.seconds,

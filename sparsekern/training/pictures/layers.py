@@ -25,14 +25,16 @@ def draw_layers(runs: Runs) -> Any:
     told = {cell: min(group, key=_seed) for cell, group in runs.groups.items()}
     told = {cell: run for cell, run in told.items() if run.updates and run.layers}
     if not told:
-        raise ConfigError("density and fan-in over updates need a method that updates a topology")
+        raise ConfigError(_why_none(runs))
     shown = list(told)[:MOST_METHODS]
     series = Series(told)
     names = _layers_of(told[cell] for cell in shown)
     rows = [row for row in _ROWS if any(_points(told[c], n, row[1]) for c in shown for n in names)]
     left = ", ".join(series.label(cell) for cell in list(told)[MOST_METHODS:])
     title = ", ".join(filter(None, (f"Layers over topology updates: {runs.title}", series.shared)))
-    below = "; ".join(filter(None, (f"not shown: {left}" if left else "", others)))
+    lacks = [name for name, *_ in _ROWS if name not in [row[0] for row in rows]]
+    lacking = f"not in the file: {', '.join(lacks)}" if lacks else ""
+    below = "; ".join(filter(None, (f"not shown: {left}" if left else "", lacking, others)))
     made = figure(1.8 + 2.9 * len(shown), 1.0 + 2.0 * len(rows), title, below)
     panels = made.subplots(len(rows), len(shown), sharex="col", sharey="row", squeeze=False)
     for column, cell in enumerate(shown):
@@ -49,6 +51,16 @@ def draw_layers(runs: Runs) -> Any:
     handles = {h.get_label(): h for axes in panels.flat for h in axes.lines}
     legend(made, [handles[name] for name in names if name in handles])
     return made
+
+
+def _why_none(runs: Runs) -> str:
+    """Either nothing was updated, or the file is older than the facts."""
+    if any(run.updated for group in runs.groups.values() for run in group):
+        return (
+            "density and fan-in over updates are not in this file: it was written before they were "
+            "kept; train anew"
+        )
+    return "density and fan-in over updates need a method that updates a topology"
 
 
 def _seed(run: Run) -> int:

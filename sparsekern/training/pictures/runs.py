@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sparsekern.errors import ConfigError, DataError
 from sparsekern.training.config import DENSE
-from sparsekern.training.results import DONE, read
+from sparsekern.training.results import DONE, content_of
 
 
 class Point(NamedTuple):
@@ -76,6 +76,7 @@ class Run(NamedTuple):
         validation: accuracy on the validation split; None without one.
         training_ratio: its training FLOPs over those of dense training at length 1.
         curve: over time.
+        updated: whether its topology ever was.
         updates: those that told of the topology.
         layers: the sparse ones, at the end.
         frames: of the first layer, as `TopologyFrames` wrote them; None if they were not kept.
@@ -89,6 +90,7 @@ class Run(NamedTuple):
     validation: float | None
     training_ratio: float
     curve: tuple[Point, ...]
+    updated: bool
     updates: tuple[Update, ...]
     layers: tuple[Layer, ...]
     frames: Mapping[str, Any] | None
@@ -125,7 +127,7 @@ def runs_of(path: Path) -> Runs:
     Raises:
         DataError: it can't be read, or is no result file of training of this format.
     """
-    content = read(path)
+    content = content_of(path)
     try:
         return runs_in(content)
     except DataError as error:
@@ -153,6 +155,10 @@ def runs_in(content: Mapping[str, Any]) -> Runs:
         else:
             failed[f"{run.cell.method} (learned nothing)"] = None
     data, task = (_field(content, name, "the file") for name in ("data", "task"))
+    if not (isinstance(data, Mapping) and isinstance(task, Mapping)):
+        raise DataError(
+            "`data` and `task` must be objects, as `sparsekern train --json` writes them"
+        )
     widths = "-".join(map(str, task.get("hidden", ())))
     title = f"{data.get('name')}, {task.get('model') or f'fully connected {widths}'}"
     return Runs(title, groups, list(failed))
@@ -183,6 +189,7 @@ def _run(saved: Mapping[str, Any]) -> Run:
         validation=None if validation is None else float(validation["accuracy"]),
         training_ratio=float(saved["flops"]["training_ratio"]),
         curve=tuple(map(_point, saved["curve"])),
+        updated=bool(saved["updates"]),
         updates=tuple(u for u in map(_update, saved["updates"]) if u.layers),
         layers=tuple(
             Layer(str(layer["name"]), (layer["shape"][0], layer["shape"][1]), int(layer["nnz"]))
