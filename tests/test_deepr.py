@@ -129,6 +129,23 @@ def test_masked_weights_move_alike():
     assert torch.allclose(one.dense_weight(), other.dense_weight(), rtol=0, atol=1e-5)
 
 
+def test_weights_that_are_not_finite_are_not_taken_for_dead_ones(caplog):
+    """As zeros they would be rewired, and nobody would know that the training has diverged."""
+    torch.manual_seed(0)
+    model = nn.Sequential(SparseLinear(12, 16, sparsity=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = DeepR(model, optimizer, t_end=10, update_freq=2, first_update=1)
+    connections = model[0].topology.digest()
+    for factor in (1.0, torch.nan):
+        optimizer.zero_grad()
+        (factor * model(torch.ones(4, 12)).sum()).backward()
+        optimizer.step()
+    assert model[0].active_values().isnan().all()
+    assert not method.history
+    assert model[0].topology.digest() == connections
+    assert "not finite" in caplog.text
+
+
 def test_bad_arguments():
     model = net()
     optimizer = sgd(model)

@@ -126,7 +126,7 @@ class DeepR(Method):
             if layer.dense_mask is None:
                 shaken = sharded.part(shaken, parameter)
             blocks += signs.abs() * shaken.to(blocks.dtype) * (self.noise * rate)
-        blocks = blocks.where(blocks * signs > 0, 0.0)
+        blocks = blocks.masked_fill(blocks * signs <= 0, 0.0)  # what is NaN stays, to be seen
         if layer.dense_mask is None:
             sharded.local(parameter).copy_(blocks)
         else:
