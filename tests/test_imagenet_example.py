@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_a_run_that_was_broken_off_ends_as_one_left_alone(images, tmp_path, monk
     assert_same(whole, broken)
 
 
-def worker(rank, _world, images, out, dies_at, method="rigl"):
+def worker(rank, _world, images, out, dies_at):
     script = example()
     train, calls = script.Run.train, itertools.count()
 
@@ -106,8 +107,8 @@ def worker(rank, _world, images, out, dies_at, method="rigl"):
             os._exit(9)
         return train(*args)
 
-    script.Run.train = dying
-    return script.main([str(images), "--out", str(out), "--method", method, *SMALL])
+    with mock.patch.object(script.Run, "train", dying):
+        return script.main([str(images), "--out", str(out), *SMALL])
 
 
 @pytest.mark.slow
