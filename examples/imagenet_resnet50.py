@@ -22,13 +22,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from image_folders import Batches, ImageFolders, shares
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -57,7 +57,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, classes: int, ranks: Ranks) -> None:
         torch.manual_seed(args.seed)
         self.device = ranks.device
-        self.model = MODELS[args.model](classes).to(ranks.device, memory_format=torch.channels_last)
+        self.model = MODELS[args.model](classes).to(ranks.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if args.method != "dense":
             # values as the dense network draws them, as in the reference code
             g = torch.Generator().manual_seed(args.seed)
@@ -97,13 +98,15 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        parts = list(zip(images.chunk(args.micro_batches), labels.chunk(args.micro_batches)))
+        cut = (images.chunk(args.micro_batches), labels.chunk(args.micro_batches))
+        parts = list(zip(*cut, strict=True))
         for i, (x, y) in enumerate(parts):
             last = i == len(parts) - 1 or not isinstance(self.ddp, DistributedDataParallel)
-            with nullcontext() if last else self.ddp.no_sync():
+            with nullcontext() if last else cast(Any, self.ddp).no_sync():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bfloat16):
-                    loss = F.cross_entropy(self.ddp(x), y, label_smoothing=args.label_smoothing)
-                (loss / len(parts)).backward()
+                    smoothing = args.label_smoothing
+                    loss = functional.cross_entropy(self.ddp(x), y, label_smoothing=smoothing)
+                torch.autograd.backward(loss / len(parts))
             total += loss.detach().float() / len(parts)
         self.optimizer.step()
         self.batches += 1
@@ -162,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if saved.exists():
         run.resume(saved)
     order = Batches(len(data), args.batch, run.batches, ranks.rank, ranks.world, args.seed)
-    loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)  # type: ignore[arg-type]
+    loader = DataLoader(data, batch_sampler=order, num_workers=args.workers)
     last, batches = time.monotonic(), iter(loader)
     while run.steps < args.steps:
         images, labels = next(batches)
@@ -211,7 +214,7 @@ def accuracy(run: Run, data: ImageFolders, args: argparse.Namespace, ranks: Rank
     keys = list(shares(len(data), own, ranks.rank, ranks.world))
     run.model.eval()
     right = torch.zeros((), dtype=torch.int64, device=ranks.device)
-    for images, labels in DataLoader(data, batch_sampler=keys, num_workers=args.workers):  # type: ignore[arg-type]
+    for images, labels in DataLoader(data, batch_sampler=keys, num_workers=args.workers):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.bfloat16):
             scores = run.model(images.to(ranks.device, memory_format=torch.channels_last))
         right += (scores.argmax(1) == labels.to(ranks.device)).sum()

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from sparsekern import sparse_layers, sparsify_
 
 STEPS = 9
+# sums over 16 samples and their micro-batches, in another order, at each step
+BOUND = 16 * STEPS * 64 * UNIT_ROUNDOFF[torch.float64]
 ALL = os.environ.get("SPARSEKERN_RANKS") == "all"
 WORLDS = (1, 2, 4) if ALL else (2,)
 
@@ -178,6 +180,4 @@ def test_sharded_layers_train_as_one_process_does(trained, name, world):
         assert found["history"] == expected["history"]
         for key in ("weights", "state"):
             for one, right in zip(found[key], expected[key], strict=True):
-                # sums over 16 samples and their micro-batches, in another order, at each step
-                bound = 16 * STEPS * 64 * UNIT_ROUNDOFF[torch.float64]
-                torch.testing.assert_close(one, right, rtol=bound, atol=bound)
+                torch.testing.assert_close(one, right, rtol=BOUND, atol=BOUND)

@@ -1,10 +1,10 @@
-"""`torch.distributed.checkpoint.state_dict` in all its options: a run goes on with the same bits."""
+"""States of `torch.distributed.checkpoint`, in all options: a run goes on with the same bits."""
 
 import pytest
 import torch
 from processes import DiedError, FailedError, failure, ranks
+from test_distributed_flips import copied
 from test_distributed_saves import Sharded
-from torch.utils._pytree import tree_map
 
 OPTIONS = {
     "sharded": {},
@@ -12,10 +12,6 @@ OPTIONS = {
     "full, on the CPU": {"full_state_dict": True, "cpu_offload": True},
     "flat": {"flatten_optimizer_state_dict": True},
 }
-
-
-def copied(state):
-    return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
 
 
 def load(run, state, options):

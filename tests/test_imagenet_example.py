@@ -18,8 +18,8 @@ import sparsekern
 Image = pytest.importorskip("PIL.Image")
 
 EXAMPLES = Path(sparsekern.__file__).resolve().parent.parent / "examples"
-SMALL = "--model tiny --image-size 16 --batch 8 --steps 12 --workers 0 --update-freq 3".split()
-SMALL += "--sparsity 0.6 --save-every 3".split()
+SMALL = ["--model", "tiny", "--image-size", "16", "--batch", "8", "--steps", "12"]
+SMALL += ["--workers", "0", "--update-freq", "3", "--sparsity", "0.6", "--save-every", "3"]
 
 
 def example(name="imagenet_resnet50"):
@@ -98,7 +98,7 @@ def test_a_run_that_was_broken_off_ends_as_one_left_alone(images, tmp_path, monk
     assert_same(whole, broken)
 
 
-def worker(rank, _world, images, out, dies_at):
+def worker(_rank, _world, images, out, dies_at):
     script = example()
     train, calls = script.Run.train, itertools.count()
 
@@ -143,7 +143,17 @@ def test_under_torchrun(images, tmp_path):
 def test_the_learning_rate_of_the_paper():
     script = example()
     epoch = 1_281_167 / 4096  # steps
-    wanted = {0: 0, 2.5: 0.5, 5: 1, 29.9: 1, 30.1: 0.1, 69.9: 0.1, 70.1: 0.01, 89.9: 0.01, 91: 0.001}
+    wanted = {
+        0: 0,
+        2.5: 0.5,
+        5: 1,
+        29.9: 1,
+        30.1: 0.1,
+        69.9: 0.1,
+        70.1: 0.01,
+        89.9: 0.01,
+        91: 0.001,
+    }
     for when, rate in wanted.items():
         got = script.rate_at(when * epoch / 32_000)
         assert got == pytest.approx(rate, abs=1e-12)

@@ -23,6 +23,11 @@ def train(name, make, rank, world):
     return model, method, optimizer
 
 
+def moments(state):
+    """Of an optimizer's state, by parameter: AdamW's averages and its count of steps."""
+    return {n: {k: v.tolist() for k, v in entry.items()} for n, entry in state["state"].items()}
+
+
 def worker(rank, world):
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch's own doings
 
@@ -34,19 +39,21 @@ def worker(rank, world):
 
     told = {}
     for name in ("rigl", "set"):
-        expected, known, _ = train(name, plain, rank, world)
+        expected, known, other = train(name, plain, rank, world)
         model, method, optimizer = train(name, zero, rank, world)
         optimizer.consolidate_state_dict()
         entry = resumed = None
+        equal = True
         if rank == 0:
             state = optimizer.state_dict()
+            equal = moments(state) == moments(other.state_dict())
             entry = state["param_groups"][0]["sparsekern"]["weight_steps"]
             method.load_state_dict({"weight_steps": 0, "last_update": None})
             optimizer.load_state_dict(state)
             resumed = method.weight_steps
         mine = {id(p) for group in optimizer.optim.param_groups for p in group["params"]}
         found = {
-            "same": same(expected, model),
+            "same": same(expected, model) and equal,
             "updates": len(known.history),
             "told": (entry, resumed),
             "owned": sum(id(m.values) in mine for m in sparse_layers(model).values()),

@@ -24,7 +24,6 @@ from sparsekern.errors import ConfigError, DtypeError, ModelError, told
 from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, weights_of
 from sparsekern.swap import Pattern, Target, candidates
 
-
 ATTENTION = "no cost is known of attention's projections: sparsify_ without a plan takes them"
 
 
@@ -73,7 +72,7 @@ def examine(
     targets = [t for t in targets if t.owner not in depthwise and t.name not in attention]
     if not targets:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
-        left = "".join(f"; {name}: {why}" for name, why in attention.items())
+        left = f"; {', '.join(attention)}: {ATTENTION}" if attention else ""
         raise ConfigError(f"`model` has no layer that could be made sparse ({kinds}{left})")
     owners = list(dict.fromkeys(t.owner for t in targets))
     step = _step(model, examples, owners)

@@ -165,6 +165,21 @@ def test_who_does_not_know_of_sparse_models_raises(tmp_path):
     assert "mismatch" in run.stderr
 
 
+def test_a_model_that_ranks_share_is_refused_by_name(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = sk.sparsify_(MODELS["llama"](), 0.8)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(sk.CheckpointError, match="is sharded over ranks, so save_pretrained"):
+            model.save_pretrained(tmp_path)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_transformers_imports_from_the_root_of_a_clone():
     code = "import transformers as T; T.OPTForCausalLM"
     start = f"import sys; sys.modules['torchvision'] = None; {code}"
