@@ -8,7 +8,7 @@ from processes import DiedError, FailedError, failure, ranks
 from test_distributed import Run, other_topology
 from torch.utils._pytree import tree_map
 
-from sparsekern import RigL
+from sparsekern import RigL, Static
 from sparsekern.errors import RankMismatchError
 
 FLIPS = int(os.environ.get("SPARSEKERN_FLIPS", "5"))  # of each kind; 100 takes minutes
@@ -49,7 +49,11 @@ def flip_value(run, seed):
 
 
 def flip_gradient(run, seed):
-    flipped(run.layers["2"].values.grad, seed)
+    gradient = run.layers["2"].values.grad
+    if isinstance(run.method, Static):  # another batch's is there when it compares
+        flipped_to_stay(run, gradient, seed)
+    else:
+        flipped(gradient, seed)
 
 
 def flip_score(run, seed):
