@@ -28,7 +28,20 @@ from sparsekern.errors import (
     UnavailableError,
     WeightError,
 )
-from sparsekern.methods import SET, Method, RigL, Static
+from sparsekern.methods import (
+    DSR,
+    SET,
+    SNFS,
+    DeepR,
+    GraNet,
+    Method,
+    RigL,
+    RigLSG,
+    RigLSM,
+    SRigL,
+    Static,
+    TopKAST,
+)
 from sparsekern.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -43,21 +56,32 @@ from sparsekern.nn import (
 )
 from sparsekern.planning import Budget, Plan, plan
 from sparsekern.profiling import Report, profile
-from sparsekern.swap import Summary, densify_, sparse_layers, sparsify_, summary
+from sparsekern.swap import (
+    Summary,
+    densify_,
+    sparse_layers,
+    sparsify_,
+    summary,
+    topology_facts,
+)
 from sparsekern.tickets import Pruning
 from sparsekern.topology import Topology
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DSR",
     "SET",
+    "SNFS",
     "AverageError",
     "Budget",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeepR",
     "DeviceError",
     "DtypeError",
+    "GraNet",
     "IncompleteError",
     "MeasurementError",
     "Method",
@@ -68,6 +92,9 @@ __all__ = [
     "RankMismatchError",
     "Report",
     "RigL",
+    "RigLSG",
+    "RigLSM",
+    "SRigL",
     "SavedLayer",
     "ShapeError",
     "SparseConv1d",
@@ -83,6 +110,7 @@ __all__ = [
     "SparseRNNCell",
     "Static",
     "Summary",
+    "TopKAST",
     "Topology",
     "TopologyError",
     "TrainingLoopError",
@@ -98,4 +126,5 @@ __all__ = [
     "sparsify_",
     "summary",
     "tickets",
+    "topology_facts",
 ]

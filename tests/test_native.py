@@ -7,7 +7,7 @@ from sparsekern import SET, RigL, SparseConv2d, SparseGRU, SparseLinear, Topolog
 from sparsekern.methods import update
 from sparsekern.nn.init import sparse_uniform_
 from sparsekern.ops import GrowScores
-from sparsekern.topology import native, sampling, select
+from sparsekern.topology import native, packed, sampling, select
 
 pytestmark = pytest.mark.skipif(native._module() is None, reason="needs numba")
 
@@ -157,6 +157,16 @@ def test_an_update_is_the_same(shape, block, norm, slab, bad, monkeypatch):
 
         if n <= pair[0].positions.numel():
             expect_equal(both(rewired))
+
+
+@pytest.mark.parametrize(("n", "total"), [(0, 9), (3, 7), (400, 500), (400, 10**6)])
+def test_what_two_sets_have_in_common(n, total):
+    one, other = (
+        torch.randperm(total, generator=torch.Generator().manual_seed(s))[:n].sort().values
+        for s in (1, 2)
+    )
+    pair = both(lambda: packed.in_both(packed.gaps_of(one), other))
+    assert pair[0] == pair[1] == len(set(one.tolist()) & set(other.tolist()))
 
 
 def test_a_survivor_that_is_grown_is_told():

@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.errors import ConfigError, DtypeError, OptimizerError
-from sparsekern.tickets.pruning import CubicSchedule
+from sparsekern.methods.schedule import CubicSchedule
 
 X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(1))

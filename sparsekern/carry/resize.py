@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sparsekern.carry.wrappers import check_holds
 from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.base import resizers
+from sparsekern.nn.sharded import trained
 from sparsekern.topology import Topology
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -39,7 +40,7 @@ def resize_(
     if optimizer is not None:
         check_holds(optimizers, name, layer.values)
     if topology.nnzb != layer.topology.nnzb:
-        check_free(layer, name)
+        check_free({name: layer})
     followed = () if follower is None else follower.followed
     twins = twins_of({name: layer}, [item for item in followed if name in item.names])
     source = topology.traced_to(layer.topology)
@@ -61,34 +62,55 @@ def _optimizers(given: Any, follower: Any) -> tuple[torch.optim.Optimizer, ...]:
     return optimizers
 
 
-def check_free(layer: SparseLayer, name: str) -> None:
-    """Raise `ConfigError` where something counts on the size of the layer's parameter."""
-    if type(layer.values.data) is not Tensor:
-        raise ConfigError(
-            f"layer {name!r} can't change its number of active blocks: its values are a "
-            f"{type(layer.values.data).__name__}, sharded over ranks"
-        )
-    for what in holders(layer):
-        raise ConfigError(
-            f"layer {name!r} can't change its number of active blocks: {what} counts on the size "
-            "of its parameter; resize before wrapping, compiling or capturing"
-        )
+def check_free(layers: Mapping[str, SparseLayer], quick: bool = False) -> None:
+    """Raise `ConfigError` where something counts on the size of a layer's parameter.
+
+    Args:
+        layers: by name.
+        quick: look at the layers alone, which know of FSDP2, and of a DDP module that they have run
+            in; not through all objects that there are, which takes tenths of a second.
+    """
+    for name, layer in layers.items():
+        values: Any = trained(layer)
+        if type(values.data) is not Tensor:
+            raise ConfigError(
+                f"layer {name!r} can't change its number of active blocks: its values are a "
+                f"{type(values.data).__name__}, sharded over ranks"
+            )
+        if layer._ddp is not None and layer._ddp() is not None:
+            raise _counted(name, "DistributedDataParallel")
+    if not quick and (what := next(holders(*layers.values()), None)) is not None:
+        raise _counted(next((n for n, m in layers.items() if any(holders(m))), ""), what)
+
+
+def _counted(name: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"layer {name!r} can't change its number of active blocks: {what} counts on the size of "
+        "its parameter; resize before wrapping, compiling or capturing"
+    )
 
 
 def holders(*layers: nn.Module) -> Iterator[str]:
     """What counts on the sizes of the parameters of one of these layers: a wrapper and the like."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         yield "the CUDA graph that is being captured"
+    kinds: dict[type, bool] = {}  # few, where objects are many
     for item in gc.get_objects():
         kind = type(item)
-        if kind.__module__ == "torch.cuda.graphs" and kind.__name__ == "CUDAGraph":
+        if kind not in kinds:
+            kinds[kind] = _is_graph(kind) or issubclass(kind, nn.Module)
+        if not kinds[kind]:
+            continue
+        if _is_graph(kind):
             yield "a captured CUDA graph"  # which of its tensors are the layer's, nobody can tell
-        elif (
-            issubclass(kind, nn.Module)
-            and (held := _size_counts(item))
-            and any(module is layer for module in item.modules() for layer in layers)
+        elif (held := _size_counts(item)) and any(
+            module is layer for module in item.modules() for layer in layers
         ):
             yield held
+
+
+def _is_graph(kind: type) -> bool:
+    return kind.__module__ == "torch.cuda.graphs" and kind.__name__ == "CUDAGraph"
 
 
 def _size_counts(module: Any) -> str | None:

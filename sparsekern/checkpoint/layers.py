@@ -179,7 +179,7 @@ def _adopt(name: str, layer: SparseLayer, topology: Topology, undo: ExitStack) -
     held = layer._held()
     if (held.nnzb, held.block) == (topology.nnzb, topology.block) and not layer._blank:
         return
-    check_free(layer, name)
+    check_free({name: layer})
     old_block, old_grad = layer.block, layer.values.grad
     old_buffers, old_blank = dict(layer._buffers), layer._blank
     loads, new = layer._loads, layer.values.detach()

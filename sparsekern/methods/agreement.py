@@ -9,7 +9,7 @@ import torch
 
 from sparsekern.carry.optimizer_state import moving_state
 from sparsekern.methods import ranks
-from sparsekern.methods.sources import Source
+from sparsekern.methods.source import Source
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.topology import Topology
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -57,3 +57,16 @@ def layers_to_train(
             check_holds(optimizers, name, values)
             check_state(optimizers, name, values)
     return layers
+
+
+def check_blocks(layers: Mapping[str, SparseLayer]) -> None:
+    """Raise `ConfigError` unless all layers have one block size, so that blocks are worth the same.
+
+    A block that leaves a layer with small ones could not come to one with large ones whole.
+    """
+    blocks = {name: tuple(layer.block) for name, layer in layers.items()}
+    if len(set(blocks.values())) > 1:
+        raise ConfigError(
+            "a method that moves blocks from layer to layer needs one block size for all of them; "
+            f"got {blocks}"
+        )

@@ -6,9 +6,8 @@ layer. `decide` makes of them, and of the layers alone, what an update changes.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -18,19 +17,22 @@ from torch import Tensor, nn
 
 from sparsekern.carry.averages import Followed, follow, twins_of
 from sparsekern.carry.followers import follows
-from sparsekern.carry.optimizer_state import moving_state
+from sparsekern.carry.resize import check_free
 from sparsekern.carry.transaction import Append, Attribute, Write
-from sparsekern.carry.wrappers import check_holds
 from sparsekern.errors import ConfigError, DtypeError, TopologyError
-from sparsekern.methods import ranks
+from sparsekern.methods import progress, ranks
 from sparsekern.methods.agreement import facts
-from sparsekern.methods.attaching import as_optimizers, layers_to_train
+from sparsekern.methods.arguments import Arguments
+from sparsekern.methods.attaching import as_optimizers, check_blocks, layers_to_train
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
-from sparsekern.methods.joining import Joins, check_joinable, led
+from sparsekern.methods.joining import check_joinable, led
 from sparsekern.methods.overrides import expect, naming
+from sparsekern.methods.progress import Progress
 from sparsekern.methods.schedule import UpdateSchedule, resolve_end
-from sparsekern.methods.sources import Source
+from sparsekern.methods.source import Source
+from sparsekern.methods.trace import Trace
+from sparsekern.methods.traced import Traced
 from sparsekern.methods.update import TopologyUpdate, drop_count, drop_smallest, rewire
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.nn.init import bounds
@@ -46,7 +48,7 @@ DECIDE = "decide a topology update"
 T = TypeVar("T")
 
 
-class Method(Joins):
+class Method(Traced):
     """A sparse training method attached to a model and its optimizer.
 
     A method of its own is a subclass that names its `source` and `budget`, and overrides what else
@@ -70,6 +72,8 @@ class Method(Joins):
         norm: how a block's entries become one score: "l1", "l2" or "max".
         grad_accumulation: backward passes per optimizer step.
         seed: of whatever is random, equal on all ranks.
+        exploration: follow which places were ever active, see `exploration()`; it takes a bit for
+            each block of the dense weight.
 
     Raises:
         ConfigError, DtypeError: an argument is missing or out of its domain, or the model has no
@@ -82,7 +86,11 @@ class Method(Joins):
     """What growth looks at; the method's own is `self.growth`."""
     budget: ClassVar[Budget] = same
     """How many grow in each layer: a function, called without `self`, of `methods.budget`."""
+    resizes: ClassVar[bool] = False
+    """Whether updates change how many active blocks a layer has."""
     default_step_on_update: ClassVar[bool] = False
+    defaults: ClassVar[Arguments] = {}
+    """Other defaults of arguments than here, see `shows_arguments`."""
 
     def __init__(
         self,
@@ -100,11 +108,12 @@ class Method(Joins):
         norm: str = "l1",
         grad_accumulation: int = 1,
         seed: int = 0,
+        exploration: bool = False,
     ) -> None:
         steps_first = self.default_step_on_update if step_on_update is None else step_on_update
         UpdateSchedule(1, update_freq, drop_fraction, first_update, decay)  # checks the others
         end = resolve_end(t_end, total_steps, update_freq, first_update, not steps_first)
-        schedule = UpdateSchedule(end, update_freq, drop_fraction, first_update, decay)
+        schedule = self.scheduled(end, update_freq, drop_fraction, first_update, decay)
         check_norm(norm)
         if grow_init not in GROW_INITS:
             raise ConfigError(f"`grow_init` must be one of {GROW_INITS}; got {grow_init!r}")
@@ -115,17 +124,26 @@ class Method(Joins):
         if type(seed) is not int:
             raise DtypeError(f"`seed` must be an int; got {seed!r}")
         optimizers = as_optimizers(optimizer)
-        self.layers = layers_to_train(model, optimizers)
-        self._loads = {name: layer._loads for name, layer in self.layers.items()}
-        self._held = {n: sharded.trained(m) for n, m in self.trained_layers().items()}
-        super().__init__(optimizers, schedule, steps_first, grad_accumulation)
+        layers = layers_to_train(model, optimizers)
+        if self.resizes:
+            check_free(layers)
+            check_blocks(layers)
+        super().__init__(layers, optimizers, schedule, steps_first, grad_accumulation)
         self.schedule: UpdateSchedule = schedule
         self.grow_init, self.norm, self.seed = grow_init, norm, seed
         self.followed: list[Followed] = []
         self._ready_layers: frozenset[str] | None = None  # of the update that is being made
         self._out_of_inputs: list[int] = []  # ranks, at that update
+        self._trace = Trace({}, {} if exploration else None)
         self.growth = self.source(self.layers, norm, grad_accumulation)
+        self.growth.optimizers = optimizers
         self._begin()
+
+    def scheduled(
+        self, t_end: int, freq: int, drop_fraction: float, first: int, decay: str
+    ) -> UpdateSchedule:
+        """The schedule; called once, before anything is attached."""
+        return UpdateSchedule(t_end, freq, drop_fraction, first, decay)
 
     def follow(self, average: Any) -> None:
         """Let an average of the model follow its topology updates: weights keep their positions.
@@ -145,6 +163,14 @@ class Method(Joins):
         known = [item for item in self.followed if item.average is not None]
         self.followed = [*known, follow(self.layers, average)]
 
+    @property
+    def dense_at(self) -> str:
+        """When it computes a dense gradient, see `Source`; for one that knows better to override.
+
+        Its source's.
+        """
+        return self.source.dense_at
+
     # ---- which to drop, which to grow, with which value: for subclasses
 
     def drop_scores(self, name: str, layer: SparseLayer) -> Tensor:  # noqa: ARG002
@@ -158,8 +184,25 @@ class Method(Joins):
         )
 
     def most_grown(self, name: str, layer: SparseLayer, fraction: float) -> int:  # noqa: ARG002
-        """How many blocks may grow in a layer at most, told to the source before the batch."""
-        return drop_count(layer.topology.nnzb, fraction)
+        """How many blocks may grow in a layer at most, told to the source before the batch.
+
+        Of a method that resizes layers, what all of them drop.
+        """
+        layers = self.trained_layers().values() if self.resizes else (layer,)
+        return sum(drop_count(one.topology.nnzb, fraction) for one in layers)
+
+    def grown_counts(
+        self, dropped: Mapping[str, int], layers: Mapping[str, SparseLayer]
+    ) -> dict[str, int]:
+        """How many blocks each of these layers grows, from how many it drops: the budget's word."""
+        return type(self).budget(dropped, layers, self.growth)
+
+    def size_after(self, layers: Mapping[str, SparseLayer]) -> int:
+        """How many active blocks all these layers have after the update together: as many as now.
+
+        What the budget says is held against it.
+        """
+        return sum(layer.topology.nnzb for layer in layers.values())
 
     def grown_positions(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Tensor:  # noqa: ARG002
         """The `n` positions, int64, that a layer grows where it keeps the blocks `keep`."""
@@ -216,8 +259,13 @@ class Method(Joins):
     def _shared_out(
         self, dropped: dict[str, int], layers: dict[str, SparseLayer]
     ) -> dict[str, int]:
-        grown = type(self).budget(dropped, layers, self.growth)
-        check_exact(dropped, grown)
+        grown = self.grown_counts(dropped, layers)
+        check_exact(dropped, grown, layers, self.size_after(layers))
+        resized = {n: m for n, m in layers.items() if grown[n] != dropped[n]}
+        if resized:
+            # graphs on a GPU replay what they captured, whatever has become of its memory
+            scan = not self.history or torch.cuda.is_available()
+            check_free(resized, quick=not scan)
         return grown
 
     def _decision(self, name: str, layer: SparseLayer, keep: Tensor, n: int) -> Decision:
@@ -235,13 +283,6 @@ class Method(Joins):
             return rewire(layer.topology, keep, positions)
         except TopologyError as error:  # a survivor, the same twice, or out of range
             raise TopologyError(f"`grown_positions` of layer {name!r}: {error}") from None
-
-    def trained_layers(self) -> dict[str, SparseLayer]:
-        """The layers that take part now: those whose values are not frozen."""
-        return {n: m for n, m in self.layers.items() if sharded.trained(m).requires_grad}
-
-    def _sharded(self) -> bool:
-        return any(sharded.is_sharded(sharded.trained(m)) for m in self.trained_layers().values())
 
     def updated_layers(self) -> dict[str, SparseLayer]:
         """Those of them that an update changes: without a gradient, RigL leaves a layer out."""
@@ -268,61 +309,12 @@ class Method(Joins):
 
     def _watch(self, due: bool) -> None:
         self._ready_layers = None
+        if not self.attached:
+            self.growth.rest()
+            return
         fraction = self.schedule.fraction(self.weight_steps)
         layers = self.trained_layers() if due else {}
         self.growth.watch({n: self.most_grown(n, m, fraction) for n, m in layers.items()})
-
-    def _weights(self) -> Iterable[nn.Parameter]:
-        return map(sharded.trained, self.layers.values())
-
-    def _takes_part(self) -> bool:
-        layers = self.trained_layers()
-        for name in layers:
-            self._check_held(name)
-        return bool(layers)
-
-    def _check_held(self, name: str) -> None:
-        values = sharded.trained(self.layers[name])
-        if self._held.get(name) is not values:  # unfrozen since, or another parameter
-            check_holds(self.optimizers, name, values)
-            self._held[name] = values
-
-    def _check_loads(self, with_state: bool) -> None:
-        """Say that optimizer state belongs to other connections than the layers have."""
-        for layer in self.layers.values():
-            if not layer._blank:
-                _ = layer.topology  # what was written into the arrays is seen now, if not before
-        if self._state_of is not None and self._state_of != self._connections():
-            log.warning(
-                "the optimizer's state was saved with other connections than the model has now, so "
-                "it belongs to other weights; load the model that was saved with it"
-            )
-        self._state_of = None
-        loads = {name: layer._loads for name, layer in self.layers.items()}
-        if loads == self._loads:
-            return
-        changed = {n: m for n, m in self.layers.items() if loads[n] != self._loads[n]}
-        for name in changed.keys() & self.trained_layers().keys():
-            self._check_held(name)
-        late = [
-            name
-            for name, layer in changed.items()
-            if not with_state and moving_state(self.optimizers, name, sharded.trained(layer))
-        ]
-        self._loads = loads
-        if late:
-            log.warning(
-                "other connections were loaded into %s, but no optimizer state: what the optimizer "
-                "holds belongs to the old ones; load its state too, or build it anew",
-                late,
-            )
-
-    def _connections(self) -> str | None:
-        layers = self.layers.values()
-        if any(layer._blank or layer.col.is_meta for layer in layers):
-            return None
-        digests = "".join(layer.topology.digest() for layer in layers)
-        return hashlib.sha256(digests.encode()).hexdigest()
 
     def _update_if_due(self) -> bool:
         with ranks.naming(f"a topology update of layers {list(self.layers)}"):
@@ -360,12 +352,30 @@ class Method(Joins):
             decisions = led(decisions, self._out_of_inputs, self.layers, make)
         self._compare({name: d.update.topology for name, d in decisions.items()})
 
-        def record(changes: dict[str, LayerChange]) -> list[Write]:
+        def record(changes: dict[str, LayerChange], trace: Trace) -> list[Write]:
             done: list[Write] = [Append(self.history, UpdateRecord(step, fraction, changes))]
+            done += [Attribute(self, "_trace", trace)]
             done += [Attribute(self, "last_update", step), *self._publishing(step)]
             return done + self._spending()
 
-        change(self.layers, decisions, self.optimizers, twins, record)
+        change(self.layers, decisions, self.optimizers, twins, self._trace, record)
+
+    def _weights_move(self) -> None:
+        self.growth.see(self.trained_layers())
+
+    def _progress(self) -> Progress:
+        return super()._progress()._replace(own=self.growth.state())
+
+    def _check(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        super()._check(optimizer, state)
+        found = progress.in_group(state["param_groups"])
+        if found is not None:
+            self.growth.load_state(progress.decode(found).own, write=False)
+
+    def _resume(self, found: Progress) -> None:
+        self.growth.load_state(found.own, write=False)
+        super()._resume(found)
+        self.growth.load_state(found.own)
 
     def _meet(self) -> None:
         """Be where the other ranks are, with the topologies that they have."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from sparsekern.carry.rewire import Carried, carried, rewired
 from sparsekern.carry.transaction import Write, commit
 from sparsekern.methods import ranks
+from sparsekern.methods.trace import Trace, explored, overlap, traced
 from sparsekern.methods.update import TopologyUpdate
 from sparsekern.nn import SparseLayer
+from sparsekern.nn.facts import TopologyFacts, facts_of
 from sparsekern.ops.ranges import ranged
 
 
@@ -23,10 +25,19 @@ class LayerChange(NamedTuple):
     Attributes:
         dropped: dropped, those grown again at once included.
         grown: those that were not active before.
+        facts: of the new topology: live neurons, fan-in; None in histories of before they were
+            kept.
+        overlap: share of the blocks before the first update that are active in it; None where that
+            is not known.
+        explored: share of all places that were active until now, those just grown included; None
+            unless the method was made with `exploration=True`.
     """
 
     dropped: int
     grown: int
+    facts: TopologyFacts | None = None
+    overlap: float | None = None
+    explored: float | None = None
 
 
 class UpdateRecord(NamedTuple):
@@ -56,8 +67,9 @@ def change(
     decisions: Mapping[str, Decision],
     optimizers: Sequence[torch.optim.Optimizer],
     twins: Mapping[str, Sequence[SparseLayer]],
-    then: Callable[[dict[str, LayerChange]], Iterable[Write]] = lambda _: (),
-) -> dict[str, LayerChange]:
+    trace: Trace,
+    then: Callable[[dict[str, LayerChange], Trace], Iterable[Write]],
+) -> None:
     """Rewire the layers: values, optimizer state and averages follow their weights, all or nothing.
 
     Everything is computed before anything is written. What breaks in between, a signal too, is
@@ -69,13 +81,17 @@ def change(
         decisions: what is to happen to them.
         optimizers: whose state follows.
         twins: layers of averages that hold the same topology, for each layer.
-        then: from what each layer did, what else is to be written with it.
+        trace: of the layers until now.
+        then: from what each layer did and the trace after it, what else is to be written with it.
 
     Raises:
         OptimizerError: a state can't follow; nothing has changed then.
     """
-    moving = ranks.together(
-        lambda: [carried(n, layers[n], optimizers, twins.get(n, ())) for n in decisions],
+    moving, (changes, traced_now) = ranks.together(
+        lambda: (
+            [carried(n, layers[n], optimizers, twins.get(n, ())) for n in decisions],
+            _described(layers, decisions, trace),
+        ),
         "follow a topology update",
     )
     if any(one.sharded for one in moving):
@@ -85,10 +101,22 @@ def change(
             lambda: [write for one in moving for write in _rewired(one, one.whole(), decisions)],
             "prepare a topology update",
         )
-    changes = {name: LayerChange(d.dropped, d.update.grown) for name, d in decisions.items()}
-    writes += then(changes)
+    writes += then(changes, traced_now)
     commit(writes)
-    return changes
+
+
+def _described(
+    layers: Mapping[str, SparseLayer], decisions: Mapping[str, Decision], trace: Trace
+) -> tuple[dict[str, LayerChange], Trace]:
+    """What each layer does, and the trace after it."""
+    with ranged("describe"):
+        new = {name: decision.update.topology for name, decision in decisions.items()}
+        now = traced(trace, layers, new)
+        changes = {}
+        for (name, decision), facts in zip(decisions.items(), facts_of(new.values()), strict=True):
+            shares = overlap(now, name, new[name]), explored(now, name, new[name])
+            changes[name] = LayerChange(decision.dropped, decision.update.grown, facts, *shares)
+        return changes, now
 
 
 def _gathered(moving: Sequence[Carried], decisions: Mapping[str, Decision]) -> list[Write]:

@@ -42,6 +42,7 @@ class Joins(Loop):
         """Count a step of the others, and take part in its update."""
         for parameter in self._weights():
             parameter.grad = None
+        self._weights_move()
         spent = self.step()
         if self.step_on_update:
             self._update_if_due()

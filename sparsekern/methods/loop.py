@@ -20,7 +20,7 @@ from sparsekern.methods.passes import BackwardPasses
 from sparsekern.methods.progress import Progress
 from sparsekern.methods.registry import attached_to, note
 from sparsekern.methods.schedule import Schedule
-from sparsekern.methods.steps import Arguments, changes_weights, run_closure
+from sparsekern.methods.steps import Arguments, changes_weights, has_stepped, run_closure
 from sparsekern.ops.ranges import ranged
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,9 @@ class Loop:
     def _weights(self) -> Iterable[nn.Parameter]:
         """The parameters that a backward pass of the model reaches."""
         raise NotImplementedError
+
+    def _weights_move(self) -> None:
+        """Called before each weight step, and what update is made instead: gradients are there."""
 
     def _weights_moved(self) -> None:
         """Called after each weight step, before an update that belongs to it."""
@@ -198,7 +201,7 @@ class Loop:
             self._publish()
             text = "%s goes on at weight step %d, as the optimizer's state says"
             log.log(self._late(), text, type(self).__name__, self.weight_steps)
-        elif any(map(_has_stepped, self._chains)):
+        elif any(map(has_stepped, self._chains)):
             self._say_nothing_found("the optimizer has taken steps")
 
     def _attach(self) -> None:
@@ -269,8 +272,10 @@ class Loop:
                 parameter.grad = None
         moving = changes_weights(chain, self._passed)
         self._passed = False
-        if moving and not self._moved and self.step():
-            spent = self._spent = True
+        if moving and not self._moved:
+            self._weights_move()
+            if self.step():
+                spent = self._spent = True
         self._moving = moving and not spent
         if run is None:
             return None
@@ -392,9 +397,3 @@ class Loop:
 
 def _zero_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = torch.zeros_like(parameter)
-
-
-def _has_stepped(chain: tuple[torch.optim.Optimizer, ...]) -> bool:
-    """Whether an optimizer's state tells of steps; some make their state before the first."""
-    states = [state for optimizer in chain for state in optimizer.state.values() if state]
-    return any(float(state.get("step", 1)) > 0 for state in states)

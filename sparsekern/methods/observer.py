@@ -56,7 +56,7 @@ class GradientObserver:
         self, layer: SparseLayer, norm: str, passes: int, hold: Callable[[], bool] = lambda: False
     ) -> None:
         self.layer, self.norm, self.passes, self.hold = layer, norm, passes, hold
-        self.k = 0
+        self.k = self.each_row = 0
         self._keep_late = False
         self._uses = 0
         self._grad: tuple[TensorWeakRef, int] | None = None
@@ -72,10 +72,10 @@ class GradientObserver:
         self._outer = _OUTSIDE
         self._reset()
 
-    def arm(self, k: int) -> None:
-        """Observe coming passes, for the `k` best inactive blocks."""
+    def arm(self, k: int, each_row: int = 0) -> None:
+        """Observe coming passes, for the `k` best inactive blocks, and some of each block row."""
         self.disarm()
-        self.k = k
+        self.k, self.each_row = k, each_row
         self.layer.observe(self.key)
         self._armed = True
         if not is_sharded(self.layer.values):
@@ -229,7 +229,7 @@ class GradientObserver:
         pairs.clear()
         autocast = torch.autocast(device.type, enabled=False)
         with ranged("score"), torch.no_grad(), autocast:
-            return self.layer.grow_scores(dys, xs, self.k, self.norm, reduce)
+            return self.layer.grow_scores(dys, xs, self.k, self.norm, reduce, self.each_row)
 
     def _reset(self) -> None:
         self._pairs: list[_Pair] = []
@@ -242,7 +242,7 @@ class GradientObserver:
     # ---- a copy observes by itself, once it is armed
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("layer", "norm", "passes", "hold", "k", "_keep_late")
+        kept = ("layer", "norm", "passes", "hold", "k", "each_row", "_keep_late")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

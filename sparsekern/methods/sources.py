@@ -1,8 +1,7 @@
-"""What growth looks at, to find the positions that a layer grows."""
+"""Sources of growth: chance, and the dense gradient of one batch."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -10,60 +9,9 @@ from torch import Tensor
 
 from sparsekern.errors import ConfigError, TrainingLoopError
 from sparsekern.methods import ranks
-from sparsekern.methods.observer import GradientObserver, Seen
+from sparsekern.methods.source import Observing, Source
 from sparsekern.methods.update import grow_largest, grow_random
-from sparsekern.nn import SparseLayer
 from sparsekern.ops import GrowScores
-
-log = logging.getLogger(__name__)
-
-
-class Source:
-    """Base of what growth looks at; by itself it sees nothing, so it is always ready.
-
-    Args:
-        layers: the sparse layers of a method, by name.
-        norm: how a block's entries become one score.
-        passes: backward passes per optimizer step.
-    """
-
-    def __init__(self, layers: Mapping[str, SparseLayer], norm: str, passes: int) -> None:
-        self.layers, self.norm, self.passes = layers, norm, passes
-
-    def watch(self, most: Mapping[str, int]) -> None:
-        """Called before each batch.
-
-        Args:
-            most: layers that an update of this batch will ask about, and how many blocks each of
-                them can grow at most; empty if no update is due.
-        """
-
-    def ready(self, names: Iterable[str], step: int, last: int | None) -> frozenset[str]:  # noqa: ARG002
-        """Those of these layers that a due update can change; if none, it waits for a batch.
-
-        The same on all ranks, which all call it.
-
-        Args:
-            names: of the layers.
-            step: the weight step of the update.
-            last: that of the one before.
-        """
-        return frozenset(names)
-
-    def facts(self, name: str) -> Mapping[str, Tensor]:  # noqa: ARG002
-        """What it found out of a layer, equal on all ranks, by what to call it in a message."""
-        return {}
-
-    def best(self, name: str, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        """The positions, (n,) int64, that a layer should grow.
-
-        Args:
-            name: of the layer.
-            keep: (nnzb,) bool, the survivors of the drop; all other positions are free.
-            n: how many to grow.
-            generator: for what is random; equal on every rank and after a resume.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no positions to grow")
 
 
 class Random(Source):
@@ -74,7 +22,7 @@ class Random(Source):
         return grow_random(self.layers[name].topology, keep, n, generator).to(keep.device)
 
 
-class Gradient(Source):
+class Gradient(Observing):
     """The dense gradient of the batch that an update spends: its largest magnitudes.
 
     It is streamed slab by slab inside backward, one layer at a time; on all other batches nothing
@@ -83,20 +31,11 @@ class Gradient(Source):
     take part, so each holds the inputs and output gradients of its layers until then.
     """
 
-    def __init__(self, layers: Mapping[str, SparseLayer], norm: str, passes: int) -> None:
-        super().__init__(layers, norm, passes)
-        hold = ranks.is_distributed
-        self.observers = {n: GradientObserver(m, norm, passes, hold) for n, m in layers.items()}
-        self._postponed: int | None = -1
-        self._told_few = False
+    dense_at = "updates"
 
     def watch(self, most: Mapping[str, int]) -> None:
         """Observe the gradients of the layers in `most`, and keep the best candidates of each."""
-        for name, observer in self.observers.items():
-            if name in most:
-                observer.arm(most[name])
-            else:
-                observer.disarm()
+        self._observe(most)
 
     def ready(self, names: Iterable[str], step: int, last: int | None) -> frozenset[str]:
         """The layers that have a gradient; none if one of those is not finite or not all seen.
@@ -104,10 +43,7 @@ class Gradient(Source):
         Raises:
             TrainingLoopError: there were more backward passes than were declared.
         """
-        everyone = ranks.gather({name: self.observers[name].seen() for name in names})
-        self._check_passes(everyone)
-        seen = [name for name in names if any(mine[name].passes for mine in everyone)]
-        problems = {n: s.problem for mine in everyone for n, s in mine.items() if s.problem}
+        seen, problems = self._seen(names)
         if problems or not seen:
             self._postpone(step, last, problems or "no layer has a gradient")
             return frozenset()
@@ -129,39 +65,22 @@ class Gradient(Source):
             return {}
         return {"score": found.active, "candidate": found.positions, "best score": found.scores}
 
-    def _check_passes(self, everyone: list[dict[str, Seen]]) -> None:
-        for rank, mine in enumerate(everyone):
-            for name, seen in mine.items():
-                if seen.passes > self.passes:
-                    where = f" on rank {rank}" if len(everyone) > 1 else ""
-                    raise TrainingLoopError(
-                        f"layer {name!r} saw {seen.passes} backward passes{where} before a "
-                        f"topology update; expected {self.passes} (argument `grad_accumulation`)"
-                    )
-        # an expert sees some of the micro-batches only; but no layer saw them all
-        most = max((seen.passes for mine in everyone for seen in mine.values()), default=0)
-        if 0 < most < self.passes and not self._told_few:
-            text = (
-                "a topology update uses the gradient of %d backward passes; expected %d (argument"
-            )
-            log.warning(text + " `grad_accumulation`); told once", most, self.passes)
-            self._told_few = True
-
-    def _postpone(self, step: int, last: int | None, why: object) -> None:
-        # once for each update that is due, not once for each batch it waits
-        level = logging.DEBUG if self._postponed == last else logging.WARNING
-        log.log(level, "update at weight step %d postponed: %s", step, why)
-        self._postponed = last
+    def statistic(self, name: str) -> float:
+        """Mean |gradient| over active weights; of blocks by another norm than l1, mean score."""
+        return float(self._scores(name).active.double().sum()) / max(self.layers[name].nnz, 1)
 
     def best(self, name: str, keep: Tensor, n: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """The free positions where the gradient is largest."""
-        observer = self.observers[name]
-        scores = observer.scores()
-        if scores is None:
-            raise TrainingLoopError(f"layer {name!r} has no gradient to grow by")
-        if n > observer.k == scores.positions.numel():
+        scores, k = self._scores(name), self.observers[name].k
+        if n > k == scores.positions.numel():
             raise ConfigError(
                 f"layer {name!r} grows {n} blocks, but the gradient was searched for the best "
-                f"{observer.k}: `most_grown` must say how many"
+                f"{k}: `most_grown` must say how many"
             )
         return grow_largest(self.layers[name].topology, keep, n, scores)
+
+    def _scores(self, name: str) -> GrowScores:
+        scores = self.observers[name].scores()
+        if scores is None:
+            raise TrainingLoopError(f"layer {name!r} has no gradient to grow by")
+        return scores

@@ -88,3 +88,9 @@ def _is_zero(rate: float | Tensor) -> bool:
     """Without a wait for a device."""
     on_device = isinstance(rate, Tensor) and rate.device.type != "cpu"
     return not on_device and float(rate) == 0
+
+
+def has_stepped(chain: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether an optimizer's state tells of steps; some make their state before the first."""
+    states = [state for optimizer in chain for state in optimizer.state.values() if state]
+    return any(float(state.get("step", 1)) > 0 for state in states)

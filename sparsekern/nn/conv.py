@@ -138,7 +138,7 @@ class SparseConv(SparseLayer):
         self.reset_parameters(generator)
 
     def reset_parameters(
-        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+        self, generator: torch.Generator | None = None, gain: float | str = TORCH_GAIN
     ) -> None:
         """Draw values scaled by each neuron's active inputs, and the bias as torch does."""
         self.reset_values(generator, gain)
@@ -183,11 +183,12 @@ class SparseConv(SparseLayer):
             y = ops.conv2d(images, values, t, self.geometry, bias, impl=self.impl)
         return self._from_images(self._observed(y, images), x)
 
-    def grow_scores(self, dys: Any, xs: Any, k: int, norm: str, reduce: Any) -> GrowScores:
+    def grow_scores(
+        self, dys: Any, xs: Any, k: int, norm: str, reduce: Any, each_row: int = 0
+    ) -> GrowScores:
         """Score the dense gradient of pairs of images; see `ops.conv2d_grow_scores`."""
-        return ops.conv2d_grow_scores(
-            dys, xs, self.topology, self.geometry, k, norm=norm, reduce=reduce
-        )
+        what = {"norm": norm, "reduce": reduce, "each_row": each_row}
+        return ops.conv2d_grow_scores(dys, xs, self.topology, self.geometry, k, **what)
 
     def no_pair(self) -> tuple[Tensor, Tensor]:
         """A pair (dy, x) of no images."""

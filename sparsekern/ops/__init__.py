@@ -154,6 +154,7 @@ def grow_scores(
     norm: str = "l1",
     reduce: Callable[[Tensor], None] | None = None,
     impl: str | None = None,
+    each_row: int = 0,
 ) -> GrowScores:
     """Score the dense gradient dyᵀ x without storing it (Evci et al. 2020, section 3).
 
@@ -166,6 +167,7 @@ def grow_scores(
         reduce: sums a slab of the gradient over ranks, in place.
         impl: see `resolve`. "triton" takes block norms inside the product; all others, several
             pairs, `reduce` and unstructured weights stream slabs of the gradient.
+        each_row: report so many of the best inactive blocks of each block row besides; streamed.
     """
     check_norm(norm)
     check_whole(topology)
@@ -181,9 +183,10 @@ def grow_scores(
         check_device(topology, one_x)
     # a graph would keep every slab
     dys, xs = ([t.detach().reshape(-1, t.shape[-1]) for t in group] for group in (dys, xs))
-    if reduce is not None:
+    if reduce is not None or each_row:
         topology.known()
-        return stream_grow_scores(linear_slabs(dys, xs), xs[0], topology, k, norm, reduce)
+        slabs = linear_slabs(dys, xs)
+        return stream_grow_scores(slabs, xs[0], topology, k, norm, reduce, each_row)
     # the gradient is dense whatever the density
     impl = resolve(impl, xs[0].device, xs[0].dtype, topology.block)
     return GrowScores(*library.grow_scores(dys, xs, *library.parts(topology), k, norm, impl))

@@ -114,6 +114,7 @@ def conv2d_grow_scores(
     *,
     norm: str = "l1",
     reduce: Callable[[Tensor], None] | None = None,
+    each_row: int = 0,
 ) -> GrowScores:
     """Score the dense gradient of a convolution's weight, streamed by slabs of output channels.
 
@@ -127,6 +128,7 @@ def conv2d_grow_scores(
         k: how many of the best inactive blocks to report.
         norm: "l1", "l2" or "max" over a block.
         reduce: sums a slab of the gradient over ranks, in place.
+        each_row: report so many of the best inactive blocks of each block row besides.
     """
     check_norm(norm)
     if k < 0:
@@ -139,7 +141,8 @@ def conv2d_grow_scores(
     topology.known()
     # a graph would keep every slab
     dys, xs = ([t.detach() for t in group] for group in (dys, xs))
-    return stream_grow_scores(conv_slabs(dys, xs, geometry), xs[0], topology, k, norm, reduce)
+    slabs = conv_slabs(dys, xs, geometry)
+    return stream_grow_scores(slabs, xs[0], topology, k, norm, reduce, each_row)
 
 
 def _inputs(topology: Topology) -> int:

@@ -19,7 +19,7 @@ from sparsekern.ops.masked import dense_wgrad
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Grid, tiles_of
 from sparsekern.topology.native import loops
-from sparsekern.topology.select import streamed_top_k
+from sparsekern.topology.select import CompiledTopK, RowsTopK, StreamedTopK, streamed_top_k
 
 SLAB_ELEMENTS = 2**22
 """A slab of the dense gradient holds at most this many elements (16 MiB in float32)."""
@@ -146,6 +146,7 @@ def stream_grow_scores(
     k: int,
     norm: str,
     reduce: Callable[[Tensor], None] | None = None,
+    each_row: int = 0,
 ) -> GrowScores:
     """Score a dense gradient that comes one slab of rows at a time.
 
@@ -157,10 +158,14 @@ def stream_grow_scores(
         k: how many inactive blocks to report; fewer come back if fewer are inactive.
         norm: one of `NORMS`; plain magnitude for block (1, 1).
         reduce: sums a slab over ranks in place, before any absolute value is taken.
+        each_row: report so many of the best inactive blocks of each block row besides.
     """
     wide = _wide(like.new_empty(0))
     active = wide.new_empty(topology.nnzb)
+    best: StreamedTopK | CompiledTopK | RowsTopK
     best = streamed_top_k(k, wide, topology.grid.total)
+    if each_row:
+        best = RowsTopK(best, each_row, topology.block_cols)
     bounds = topology.crow.tolist()
     for first, last, rows in _slab_rows(topology):
         slab = slab_of(rows)

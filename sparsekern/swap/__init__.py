@@ -1,5 +1,6 @@
 """What of a model becomes sparse: by a distribution, a mask or a plan, and back."""
 
+from sparsekern.swap.facts import topology_facts
 from sparsekern.swap.patterns import Pattern
 from sparsekern.swap.shares import Blocks, Distribution, Planned
 from sparsekern.swap.sparsify import INITS, densify_, sparse_layers, sparsify_
@@ -22,4 +23,5 @@ __all__ = [
     "sparse_layers",
     "sparsify_",
     "summary",
+    "topology_facts",
 ]

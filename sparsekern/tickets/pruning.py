@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,62 +18,16 @@ from sparsekern.methods.attaching import as_optimizers
 from sparsekern.methods.change import LayerChange, UpdateRecord
 from sparsekern.methods.loop import Loop
 from sparsekern.methods.progress import Progress
-from sparsekern.methods.schedule import check_int, resolve_end
+from sparsekern.methods.schedule import CubicSchedule, check_int, resolve_end
 from sparsekern.nn.sharded import is_sharded
 from sparsekern.swap import Pattern, candidates, sparse_layers, sparsify_
 from sparsekern.swap.refuse import check_model
 from sparsekern.swap.shares import check_cut
 from sparsekern.swap.targets import Filter
 from sparsekern.tickets.masks import Masks, block_masks, top, weights
-from sparsekern.topology.blocks import Block, as_block, check_sparsity
+from sparsekern.topology.blocks import Block, as_block
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CubicSchedule:
-    """s(t) = S + (S_0 - S) (1 - (t - t_start) / (t_end - t_start))^3 (Zhu & Gupta 2017, eq. 1).
-
-    Attributes:
-        sparsity: S, reached at `t_end`.
-        t_start: weight step of the first update.
-        t_end: weight step of the last one.
-        freq: weight steps between updates.
-        initial: S_0.
-    """
-
-    sparsity: float
-    t_start: int
-    t_end: int
-    freq: int = 100
-    initial: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        check_sparsity(self.initial)
-        check_int("t_start", self.t_start, 0)
-        check_int("update_freq", self.freq, 1)
-        if not self.sparsity:
-            raise ConfigError("`sparsity` must be more than 0 to prune anything; got 0")
-        if self.t_start >= self.t_end:
-            raise ConfigError(
-                f"`t_start` must come before `t_end`; got {self.t_start} and {self.t_end}"
-            )
-        if self.initial > self.sparsity:
-            raise ConfigError(
-                f"`initial_sparsity` can't exceed `sparsity`, {self.sparsity}; got {self.initial}"
-            )
-
-    def is_due(self, step: int, last: int | None) -> bool:
-        """Whether weight step `step` is followed by an update; `last` is the previous one."""
-        if step < self.t_start or (last is not None and last >= self.t_end):
-            return False
-        return last is None or step - last >= self.freq or step >= self.t_end
-
-    def at(self, step: int) -> float:
-        """The sparsity after weight step `step`."""
-        left = 1 - min(max((step - self.t_start) / (self.t_end - self.t_start), 0.0), 1.0)
-        return self.sparsity + (self.initial - self.sparsity) * left**3
 
 
 class Pruning(Loop):

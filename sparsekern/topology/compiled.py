@@ -315,6 +315,23 @@ def ascending(positions: Any) -> bool:
 
 
 @jit
+def in_both(gaps: Any, far: int, positions: Any) -> int:
+    """How many members of a set packed as gaps, see `packed`, are among ascending positions."""
+    at, j, found = np.int64(-1), 0, 0
+    for i in range(gaps.size):
+        gap = np.int64(gaps[i])
+        if gap == far:
+            at += gap
+            continue
+        at += gap + 1
+        while j < positions.size and positions[j] < at:
+            j += 1
+        if j < positions.size and positions[j] == at:
+            found += 1
+    return found
+
+
+@jit
 def sort_distinct(drawn: Any, other: Any, bits: int) -> Any:
     """Sort numbers of `bits` bits and leave out repeats; `other` is of the same size.
 

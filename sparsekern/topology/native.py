@@ -12,7 +12,7 @@ from torch import Tensor
 
 SMALLEST = 2**12
 """Fewer elements are left to torch: numba takes seconds to be loaded the first time."""
-_KINDS = (torch.float32, torch.float64, torch.int32, torch.int64, torch.bool)
+_KINDS = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
 
 
 def loops(size: int, *tensors: Tensor) -> ModuleType | None:

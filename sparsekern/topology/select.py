@@ -91,6 +91,66 @@ class StreamedTopK:
         return positions, scores
 
 
+class RowsTopK:
+    """The k best of all scores, and the best of each row besides, from pieces of whole rows.
+
+    Args:
+        best: of all, empty.
+        each: how many of each row.
+        cols: scores in a row.
+    """
+
+    def __init__(self, best: StreamedTopK | CompiledTopK, each: int, cols: int) -> None:
+        self.best, self.each, self.cols = best, min(each, cols), cols
+        self._scores: list[Tensor] = []
+        self._positions: list[Tensor] = []
+
+    def push(self, scores: Tensor, first: int) -> None:
+        """Offer some rows of `scores`, flat, as `StreamedTopK.push` takes them."""
+        scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        rows = scores.view(-1, self.cols)
+        least = rows.topk(self.each, dim=1).values[:, -1:]
+        above, level = rows > least, rows == least
+        missing = self.each - above.sum(1, keepdim=True)
+        chosen = above | (level & (level.cumsum(1) <= missing))  # of equal ones the first
+        at = (chosen & (rows > -torch.inf)).flatten().nonzero()[:, 0]
+        self._scores.append(scores[at])
+        self._positions.append(at + first)
+        self.best.push(scores, first)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Positions (ascending) and scores of both, each once."""
+        of_all = self.best.result()
+        positions = torch.cat([of_all[0], *self._positions])
+        scores = torch.cat([of_all[1], *self._scores])
+        order = positions.argsort(stable=True)
+        positions, scores = positions[order], scores[order]
+        once = torch.ones_like(positions, dtype=torch.bool)
+        once[1:] = positions[1:] != positions[:-1]
+        return positions[once], scores[once]
+
+
+def best_of_rows(rows: Tensor, scores: Tensor, quota: Tensor) -> Tensor:
+    """Mark the largest scores of each row; among equal ones the first.
+
+    Args:
+        rows: (n,) int64, the row of each score.
+        scores: (n,).
+        quota: (all rows,) int64, how many to mark; all of a row that has fewer.
+
+    Returns:
+        (n,) bool.
+    """
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(rows[order], stable=True)]
+    ordered = rows[order]
+    starts = torch.searchsorted(ordered, torch.arange(quota.numel(), device=rows.device))
+    rank = torch.arange(ordered.numel(), device=rows.device) - starts[ordered]
+    marked = torch.empty_like(rows, dtype=torch.bool)
+    marked[order] = rank < quota[ordered]
+    return marked
+
+
 class CompiledTopK:
     """The same as `StreamedTopK` in one pass over each piece, for CPU tensors.
 

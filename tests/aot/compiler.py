@@ -45,7 +45,7 @@ def signature(fn, dtype, constants, descriptors, scores="fp32"):
             types[name] = f"tensordesc<{dtype}{list(descriptors[name])}>"
         elif name in INDICES:
             types[name] = "*i32"
-        elif name == "scores_ptr":
+        elif name in ("scores_ptr", "parts_ptr"):
             types[name] = f"*{scores}"
         else:
             types[name] = f"*{dtype}" if name.endswith("_ptr") or name in ("dy", "x") else "i32"

@@ -23,9 +23,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     )
 
 from aot import lock, plan, sass
-from aot.compiler import release
+from aot.compiler import build, release
 
-from sparsekern.kernels import tables
+from sparsekern.kernels import parts, tables
 from sparsekern.kernels.launch import BLOCK_EDGES
 
 # bytes that a program may use; chips of the "sm80" class down to sm_86 and sm_120 have the least
@@ -150,6 +150,19 @@ def test_ragged_sizes_and_any_stride(case):
     check(built, case.arch, spills=True)
     check_waits(built)
     assert built.depth >= plan.planned_depth(case) - 1, "pipeline depth"
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "added"),
+    [*(("sm90", d, a) for d in ("bf16", "fp32") for a in (False, True)), ("sm80", "fp16", True)],
+)
+def test_parts_are_joined_by_16_byte_loads(arch, dtype, added):
+    constants = {"ADD": added, "BLOCK": parts._BLOCK, "AT_ONCE": 4}
+    built = build(parts._add_parts_kernel, plan.ARCHES[arch], dtype, constants, 4)
+    check(built, arch)
+    loads = re.findall(r"\bLDG\.E\.?(\d*)", built.sass)
+    what_is_there = ["128" if dtype == "fp32" else "64"] if added else []
+    assert loads == [*what_is_there, *["128"] * 4]
 
 
 def _spilling(code):
