@@ -21,6 +21,7 @@ from benchmarks.gpu.store import rows_of
 from benchmarks.result_files import RESULTS
 from sparsekern.cost.roofline import H200, Device, Problem, Roofline, device_named
 from sparsekern.show.output_files import write_whole
+from sparsekern.training import report
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -73,6 +74,16 @@ def conv_accuracy(results: dict[str, Any]) -> str:
             for row in results["rows"]
         ),
     )
+
+
+def methods(results: dict[str, Any]) -> str:
+    """What `sparsekern train` prints, and what it was made with."""
+    rows, task, made = report.rows(results), results["task"], results["environment"]
+    how = (
+        f"{task['epochs']} epochs of {results['data']['train']:,} samples, {rows[-1].runs} seeds, "
+        f"{task['threads']} thread; {made['processor']}, commit {made['commit']}, {made['date']}."
+    )
+    return "\n".join([*report.as_markdown(rows, bits=report.in_bits(results)), "", how])
 
 
 def char_lm(results: dict[str, Any]) -> str:
@@ -178,6 +189,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": from_json("accuracy", accuracy),
     "conv-accuracy": from_json("conv_accuracy", conv_accuracy),
     "char-lm": from_json("char_lm", char_lm),
+    "methods-mnist": from_json("methods_mnist", methods),
+    "methods-fashion-mnist": from_json("methods_fashion_mnist", methods),
 }
 
 

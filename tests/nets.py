@@ -1,7 +1,12 @@
 """Small networks for the command line to train, and functions that are none."""
 
+import os
+import signal
+
 import torch
 from torch import nn
+
+import sparsekern as sk
 
 
 def conv(classes, in_channels):
@@ -70,3 +75,30 @@ def everything_dense(classes):
 
 
 number = torch.pi
+
+
+class DropAtRandom(sk.Method):
+    """A method of a user's own."""
+
+    source = sk.methods.Gradient
+
+    def drop_scores(self, name, layer):
+        return torch.rand(layer.topology.nnzb, generator=self.generator(name))
+
+
+class Breaks(DropAtRandom):
+    """Its second seed raises at the second update."""
+
+    def decide(self, fraction):
+        if self.seed == 1 and self.history:
+            raise RuntimeError("out of\nluck")
+        return super().decide(fraction)
+
+
+class Dies(DropAtRandom):
+    """Its second seed takes its process with it."""
+
+    def decide(self, fraction):
+        if self.seed == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().decide(fraction)

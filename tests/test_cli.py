@@ -18,13 +18,16 @@ from sparsekern.errors import (
     UnavailableError,
 )
 from sparsekern.show.environment import environment
-from sparsekern.training import data, picture, report
+from sparsekern.training import data, report
 from sparsekern.training.config import PRESETS, TrainConfig
+from sparsekern.training.grid import AXES
 from sparsekern.training.network import build
+from sparsekern.training.pictures import connections, style
+from sparsekern.training.results import FORMAT
 from sparsekern.training.trainer import run
 
 TINY = ["train", "--hidden", "32", "--sparsity", "0.9", "--epochs", "2", "--update-freq", "5"]
-TINY.append("--quiet")
+TINY += ["--validation", "0", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +50,15 @@ def results(compared):
 
 def test_table_has_a_row_per_method_and_fits(compared, results):
     text = compared[1]
-    assert "1 multiply-add = 2 FLOPs" in text
+    assert "1 multiply-add = 2 FLOPs" in " ".join(text.split())
     assert str(compared[0] / "r.json") in text
-    assert max(len(line) for line in report_lines(text)) <= 100
-    for method, facts in results["methods"].items():
-        row = re.search(rf"^{method} .*$", text, flags=re.M).group()
-        summary = facts["summary"]
-        assert f"{100 * summary['accuracy']:.2f} ± {100 * summary['spread']:.2f}" in row
-        for ratio in ("training_ratio", "inference_ratio"):
-            assert f" {summary[ratio]:.4f} " in row
-        for ratio in ("trained_ratio", "held_ratio"):
-            assert f" {summary[ratio]:.3f} " in row
+    assert max(len(line) for line in report_lines(text)) <= 80
+    for made in report.rows(results):
+        row = re.search(rf"^{made.name} .*$", text, flags=re.M).group()
+        assert f" {made.test:.2f} ± {made.spread:.2f} " in row
+        assert f" {made.training_ratio:.4f} " in row
+        assert f" {made.inference_ratio:.4f} " in row
+        assert row.endswith(f" {1000 * made.step_seconds:.2f}")
 
 
 def report_lines(text):
@@ -67,40 +68,44 @@ def report_lines(text):
 
 
 def test_json_says_everything(results):
-    assert results["format"] == report.FORMAT
-    facts = {"format", "flops", "config", "environment", "methods", "unigram_entropy"}
-    assert set(results) == facts
-    assert results["unigram_entropy"] is None
-    assert set(results["config"]) == set(TrainConfig.__dataclass_fields__)
+    assert results["format"] == FORMAT
+    assert set(results) == {"format", "flops", "environment", "data", "task", "dense", "runs"}
+    assert results["data"]["unigram_entropy"] is None
+    assert (results["data"]["train"], results["data"]["test"]) == (1438, 359)
+    fields = set(TrainConfig.__dataclass_fields__) - {"methods", "seeds", *AXES}
+    assert set(results["task"]) == fields | {"threads"}
     assert results["environment"] == environment(torch.device("cpu")) | {
         key: results["environment"][key] for key in ("date", "commit", "threads")
     }
-    assert list(results["methods"]) == ["dense", "static", "set", "rigl"]
-    for method, facts in results["methods"].items():
-        assert set(facts["summary"]) == set(report.Row.__dataclass_fields__) - {"method"}
-        assert [r["seed"] for r in facts["runs"]] == [0, 1]
-        for result in facts["runs"]:
-            assert len(result["losses"]) == 2
-            assert result["weight_steps"] == 28
-            assert result["updates"] == (0 if method in ("dense", "static") else 5)
-            assert result["held"]["weights"] > 0
-            assert 0.1 < result["accuracy"] < 1
-            assert len(result["layers"]) == (method != "dense")
+    methods = ["dense", "static", "set", "rigl"]
+    asked = [(r["method"], r["seed"]) for r in results["runs"]]
+    assert asked == [(method, seed) for seed in (0, 1) for method in methods]
+    for result in results["runs"]:
+        assert result["state"] == "done"
+        assert [point["step"] for point in result["curve"]] == [14, 28]
+        assert result["weight_steps"] == 28
+        assert len(result["updates"]) == (0 if result["method"] in ("dense", "static") else 5)
+        assert result["held"]["weights"] > 0
+        assert 0.1 < result["test"]["accuracy"] < 1
+        assert result["validation"] is None
+        assert len(result["layers"]) == (result["method"] != "dense")
+        assert len(result["connections"]["end"]) == 64
 
 
 def test_summary_follows_from_the_runs(results):
-    dense, rigl = (results["methods"][m] for m in ("dense", "rigl"))
-    a, b = (r["accuracy"] for r in rigl["runs"])
-    summary = rigl["summary"]
-    assert summary["accuracy"] == pytest.approx((a + b) / 2, rel=1e-12)
-    assert summary["spread"] == pytest.approx(abs(a - b) / 2**0.5, rel=1e-9)
+    dense, *_, rigl = report.rows(results)
+    mine = [r for r in results["runs"] if r["method"] == "rigl"]
+    a, b = (100 * r["test"]["accuracy"] for r in mine)
+    assert rigl.test == pytest.approx((a + b) / 2, rel=1e-12)
+    assert rigl.spread == pytest.approx(abs(a - b) / 2**0.5, rel=1e-9)
     # by hand: 205 of 64 x 32 weights, 28 weight steps of 100 images and 5 update batches
     f_s, f_d = 2 * (205 + 320), 2 * (64 * 32 + 320)
     training = 100 * (28 * 3 * f_s + 5 * (2 * f_s + f_d))
-    assert summary["training_flops"] == training
-    assert summary["training_ratio"] == training / (100 * 28 * 3 * f_d)
-    assert summary["inference_ratio"] == f_s / f_d
-    assert dense["summary"]["step_ratio"] == 1
+    assert [r["flops"]["training"] for r in mine] == [training] * 2
+    assert [r["curve"][-1]["training_flops"] for r in mine] == [training] * 2
+    assert rigl.training_ratio == training / (100 * 28 * 3 * f_d)
+    assert rigl.inference_ratio == f_s / f_d
+    assert dense.step_ratio == 1
 
 
 def test_picture_is_a_picture(compared):
@@ -121,7 +126,7 @@ def test_connections_are_sums_of_the_mask(block):
     assert not torch.equal(result.connections.end, result.connections.start)
     if block == 1:  # a block of a ragged column may hold less
         assert result.connections.end.sum() == result.layers[0].nnz
-    start, end = picture.mean_connections([result, result], (8, 8))
+    start, end = connections.mean_connections([result, result], (8, 8))
     assert start.shape == end.shape == (8, 8)
     assert torch.equal(start.flatten(), mask.sum(0).double())
 
@@ -151,7 +156,9 @@ def test_sparse_methods_start_from_the_same_network():
 BAD_CONFIG = {
     # what is wrong: (fields, error, what the message says)
     "data": ({"data": "cifar"}, ConfigError, ["`data`", "digits", "'cifar'"]),
-    "method": ({"methods": ("snip",)}, ConfigError, ["`method`", "rigl", "'snip'"]),
+    "validation": ({"validation": 1.0}, ConfigError, ["`validation`", "[0, 1)", "1.0"]),
+    "multiplier": ({"multiplier": 0.0}, ConfigError, ["`multiplier`", "positive", "0.0"]),
+    "gain": ({"gain": -1.0}, ConfigError, ["`gain`", "positive", "-1.0"]),
     "impl": ({"impl": "cuda"}, ConfigError, ["`impl`", "masked", "'cuda'"]),
     "distribution": ({"distribution": "x"}, ConfigError, ["`distribution`", "erk", "'x'"]),
     "optimizer": ({"optimizer": "adam"}, ConfigError, ["`optimizer`", "adamw", "'adam'"]),
@@ -163,7 +170,7 @@ BAD_CONFIG = {
     "hidden-0": ({"hidden": (3, 0)}, ConfigError, ["`hidden`", "at least 1", "0"]),
     "epochs-type": ({"epochs": 1.5}, DtypeError, ["`epochs`", "int", "1.5"]),
     "seeds-0": ({"seeds": 0}, ConfigError, ["`seeds`", "at least 1", "0"]),
-    "lr-0": ({"lr": 0.0}, ConfigError, ["`lr`", "0"]),
+    "lr-0": ({"lr": 0.0}, ConfigError, ["`lr`", "positive", "0"]),
     "lr-nan": ({"lr": float("nan")}, ConfigError, ["`lr`", "nan"]),
     "momentum-1": ({"momentum": 1.0}, ConfigError, ["`momentum`", "[0, 1)", "1.0"]),
     "weight-decay": ({"weight_decay": -1e-4}, ConfigError, ["`weight_decay`", "-0.0001"]),
@@ -184,7 +191,13 @@ def test_bad_config(case):
 
 
 BAD_RUN = {
-    "method": ({}, "snip", ConfigError, ["`method`", "rigl", "'snip'"]),
+    "method": ({}, "snap", ConfigError, ["`method`", "rigl", "'snap'", "did you mean 'snip'"]),
+    "no-module": ({}, "no.such:Thing", ConfigError, ["`method`", "no.such:Thing", "No module"]),
+    "no-method": ({}, "math:pi", ConfigError, ["`method`", "subclass of sparsekern.Method"]),
+    "block": ({"block": 4}, "snip", ConfigError, ["single weights", "`block`", "4"]),
+    "synflow": ({"block": 4}, "synflow", ConfigError, ["single weights", "`block`", "4"]),
+    "held-out": ({"validation": 1e-4}, "dense", ConfigError, ["`validation`", "of 1438 are 0"]),
+    "no-batch": ({"validation": 0.99}, "dense", ConfigError, ["`batch_size`", "14", "100"]),
     "batch": ({"batch_size": 5000}, "dense", ConfigError, ["`batch_size`", "1438", "5000"]),
     "sparsity": ({"sparsity": 0.0}, "rigl", ConfigError, ["`sparsity`", "0.0"]),
     "loss": ({"lr": 1e30, "hidden": (8,)}, "dense", TrainingLoopError, ["finite", "'dense'"]),
@@ -210,6 +223,11 @@ BAD_LINES = {
     "picture": (["--picture", "/no/such/p.png"], ["`picture`", "/no/such/p.png"]),
     "batch": (["--batch-size", "5000"], ["`batch_size`", "5000"]),
     "device": (["--device", "tpu"], ["`device`", "tpu"]),
+    "method": (["--method", "rigel"], ["`method`", "'rigel'", "did you mean 'rigl'?"]),
+    "second-sparsity": (["--sparsity", "0.9", "1"], ["`sparsity`", "[0, 1)", "1.0"]),
+    "several-lr": (["--lr", "0.1", "0.2", "--validation", "0"], ["`lr`", "validation"]),
+    "resume": (["--resume"], ["`resume`", "`json`"]),
+    "jobs": (["--jobs", "0"], ["`jobs`", "0"]),
 }
 
 
@@ -226,8 +244,7 @@ def test_bad_line_is_one_line(case, capsys):
 
 
 TYPOS = {
-    "method": (["--method", "rigel"], ["--method", "'rigel'", "rigl"]),
-    "data": (["--data", "mnist"], ["--data", "'mnist'", "fashion-mnist"]),
+    "data": (["--data", "emnist"], ["--data", "'emnist'", "fashion-mnist"]),
     "impl": (["--impl", "cublas"], ["--impl", "'cublas'", "triton"]),
     "block": (["--block", "16*16"], ["--block", "16x32", "'16*16'"]),
     "hidden": (["--hidden", "a"], ["--hidden", "300,100", "'a'"]),
@@ -256,7 +273,7 @@ def test_missing_extra_is_named(package, tmp_path, monkeypatch, capsys):
 def test_picture_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UnavailableError, match="matplotlib"):
-        picture.check_available()
+        style.check_available()
 
 
 def test_a_log_gets_a_line_per_run(capsys):
@@ -265,8 +282,10 @@ def test_a_log_gets_a_line_per_run(capsys):
     out, err = capsys.readouterr()
     assert [text.split(":")[0] for text in err.splitlines()] == [
         "[1/2] dense, seed 0",
-        "[2/2] static, seed 0",
+        "[2/2] static 0.9, b4x8, seed 0",
     ]
+    assert all(re.search(r"in \d+\.\d s; \d+ s so far", text) for text in err.splitlines())
+    assert "about" in err.splitlines()[0]
     assert "block 4x8), impl dense" in out
     assert "±" not in out  # one seed has no spread
 

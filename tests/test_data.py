@@ -11,7 +11,8 @@ import torch
 
 from sparsekern.errors import ConfigError, DataError, UnavailableError
 from sparsekern.training import data
-from sparsekern.training.idx import read_idx
+from sparsekern.training.data import text
+from sparsekern.training.data.idx import read_idx
 
 STEMS = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -141,9 +142,9 @@ def test_a_bomb_takes_no_memory(tmp_path, sizes, told):
 def test_a_text_that_has_no_end_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_bytes(bytes(2**12))
-    monkeypatch.setattr(data, "MOST_TEXT", 2**12)
+    monkeypatch.setattr(text, "MOST_TEXT", 2**12)
     assert data.load_text(path, 16).classes == 256
-    monkeypatch.setattr(data, "MOST_TEXT", 2**12 - 1)
+    monkeypatch.setattr(text, "MOST_TEXT", 2**12 - 1)
     with pytest.raises(DataError, match="at most 4,095 bytes; got more"):
         data.load_text(path, 16)
 

@@ -95,7 +95,7 @@ BAD = [
     ({"distribution": "global"}, ConfigError, "needs init='keep'; got init='sparse'"),
     ({"init": "keep", "gain": 1.0}, ConfigError, "`gain` is of values.*got init='keep'"),
     ({"gain": -1.0}, ConfigError, "positive and finite; got -1.0"),
-    ({"gain": "he"}, DtypeError, "must be a number; got 'he'"),
+    ({"gain": "he"}, ConfigError, "a number or one of.*got 'he'"),
 ]
 
 

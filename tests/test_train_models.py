@@ -1,6 +1,7 @@
 """`sparsekern train --model`: which function a name leads to, conv nets and text, FLOPs by hand."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from sparsekern.cli.main import main
 from sparsekern.cost.run_flops import forward_flops
 from sparsekern.errors import ConfigError
-from sparsekern.training import data, zoo
+from sparsekern.training import data, report, zoo
 from sparsekern.training.config import PRESETS, TrainConfig
 from sparsekern.training.network import build, first_layer_connections, shaped
 from sparsekern.training.trainer import Trainer, run
@@ -112,6 +113,7 @@ def test_images_go_in_as_the_function_asks(digits):
     assert shaped(config(), digits).train_x.shape[1:] == (1, 8, 8)
     assert shaped(config(model="nets:flat"), digits).train_x.shape[1:] == (64,)
     assert shaped(config(model=None), digits) is digits
+    assert shaped(config(model=None, augment=True), digits).augmented
 
 
 # ---- text
@@ -156,14 +158,16 @@ def test_text_on_the_command_line(text_file, tmp_path, capsys):
     assert main([*line, "--batch-size", "16", "--epochs", "1"]) == 0
     printed, log = capsys.readouterr()
     results = json.loads(out.read_text())
-    summary = results["methods"]["static"]["summary"]
-    shown = f"{summary['bits_per_character']:.3f} ± {summary['bits_spread']:.3f}"
-    assert f"static  {shown}" in printed
-    assert "bits/char" in printed
-    assert "FLOPs per sequence of 10 bytes" in printed
-    assert f"Unigram entropy of the held-out text: {results['unigram_entropy']:.3f}" in printed
+    static = report.rows(results)[1]
+    shown = f" {static.validation:.3f}  {static.test:.3f} ± {static.spread:.3f}"
+    assert re.search(rf"(?m)^static  .*{shown}", printed)
+    lines = printed.split("\n\n", 1)[1]
+    assert max(map(len, lines.splitlines()[:-1])) <= 80
+    text = " ".join(lines.split())
+    assert "FLOPs per sequence of 10 bytes" in text
+    entropy = results["data"]["unigram_entropy"]
+    assert f"Unigram entropy of the test text: {entropy:.3f}" in text
     assert "bits per character in" in log
-    assert max(map(len, printed.split("\n\n", 1)[1].splitlines()[:6])) <= 100
 
 
 # ---- the networks of the papers

@@ -12,7 +12,7 @@ from benchmarks.comparing.results import Results
 from sparsekern.cost.crossing import break_even
 from sparsekern.errors import DataError
 from sparsekern.show.output_files import write_figure
-from sparsekern.training.picture import check_available
+from sparsekern.training.pictures.style import check_available
 
 COLORS = {128: "#08306b", 64: "#2171b5", 32: "#238b45", 16: "#e6850e", 4: "#9e6dc9", 1: "#c0392b"}
 """By block; the one of the picture that is the same in every panel."""

@@ -1,8 +1,9 @@
 """The command line.
 
-`sparsekern train` compares sparse training methods with dense training; `sparsekern plan` chooses
-what to make sparse in a model, and in which blocks; `sparsekern profile` says what a training step
-costs; `sparsekern tune` measures launch configurations on the present GPU.
+`sparsekern train` compares sparse training methods with dense training, `sparsekern compare` joins
+its results, and `sparsekern picture` draws them; `sparsekern plan` chooses what to make sparse in a
+model, and in which blocks; `sparsekern profile` says what a training step costs; `sparsekern tune`
+measures launch configurations on the present GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sparsekern
-from sparsekern.cli import plan, profile, train, tune
+from sparsekern.cli import compare, picture, plan, profile, train, tune
 from sparsekern.errors import SparseKernError
 from sparsekern.ops.cpu import choice
 from sparsekern.show import environment
@@ -63,6 +64,6 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sparsekern", description=sparsekern.__doc__.split("\n")[0])
     top.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     commands = top.add_subparsers(required=True, metavar="command")
-    for command in (train, plan, profile, tune):
+    for command in (train, compare, picture, plan, profile, tune):
         command.add_parser(commands)
     return top

@@ -118,6 +118,14 @@ def block(text: str) -> Block:
     return int(edges[0]) if len(edges) == 1 else (int(edges[0]), int(edges[1]))
 
 
+def number_or_name(text: str) -> float | str:
+    """A number like 0.5, or any other text, for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """The same value with the tensors in its tuples, lists and mappings on `device`."""
     if isinstance(value, Tensor):

@@ -7,7 +7,7 @@ count what is executed: whole blocks, and dense products where an implementation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,17 +64,38 @@ def forward_flops(model: nn.Module, sample: Tensor) -> ForwardFlops:
     return ForwardFlops(executed, _count(model, sample, _AS_DENSE))
 
 
-def run_flops(forward: ForwardFlops, batch: int, weight_steps: int, update_batches: int) -> Flops:
-    """FLOPs of a run, by Evci et al. 2020, appendix H.
+class Segment(NamedTuple):
+    """Batches in a row that cost the same.
+
+    Attributes:
+        forward: of one sample, as the topology was.
+        weight_steps: 3 f_S per sample each: forward, input and weight gradient.
+        dense_steps: how many of these took a dense weight gradient, 2 f_S + f_D each.
+        update_batches: batches spent on a dense weight gradient without a weight step, as much.
+    """
+
+    forward: ForwardFlops
+    weight_steps: int = 0
+    dense_steps: int = 0
+    update_batches: int = 0
+
+    @property
+    def training(self) -> int:
+        """FLOPs per sample."""
+        f_s, f_d = self.forward
+        dense = self.dense_steps + self.update_batches
+        return 3 * f_s * (self.weight_steps - self.dense_steps) + (2 * f_s + f_d) * dense
+
+
+def run_flops(segments: Sequence[Segment], batch: int) -> Flops:
+    """FLOPs of a run, by Evci et al. 2020, appendix H: summed over the topologies that it had.
 
     Args:
-        forward: of one sample; the number of active weights never changes.
+        segments: one after the other; inference is that of the last one.
         batch: samples per step.
-        weight_steps: each costs 3 f_S per sample: forward, input and weight gradient.
-        update_batches: batches spent on a dense weight gradient, 2 f_S + f_D per sample each.
     """
-    f_s, f_d = forward
-    training = batch * (3 * f_s * weight_steps + (2 * f_s + f_d) * update_batches)
+    f_s, f_d = segments[-1].forward
+    training = batch * sum(segment.training for segment in segments)
     return Flops(inference=f_s, dense_equivalent=f_d, training=training)
 
 

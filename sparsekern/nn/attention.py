@@ -21,7 +21,7 @@ from sparsekern.nn.attention_parts import (
     split_packed,
 )
 from sparsekern.nn.connections import check_mask, topology_of
-from sparsekern.nn.init import TORCH_GAIN
+from sparsekern.nn.init import TORCH_GAIN, as_gain
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.recurrent.arguments import Shares, by_name
 from sparsekern.nn.view import PackedView
@@ -149,16 +149,17 @@ class SparseMultiheadAttention(nn.Module):
         self,
         generator: torch.Generator | None = None,
         names: Container[str] | None = None,
-        gain: float = TORCH_GAIN,
+        gain: float | str = TORCH_GAIN,
     ) -> None:
         """Draw as torch does: Xavier for the projections of the inputs, biases 0.
 
         Sparse weights are scaled by the inputs that each neuron really has.
         """
+        own = as_gain(gain)
         for name, layer in self.named_children():
             if names is not None and name not in names:
                 continue
-            scale = gain * self.relative_gain(name)
+            scale = own * self.relative_gain(name)
             weight: Any = layer
             if isinstance(layer, SparseLinear):
                 layer.reset_values(generator, scale)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsekern import ops
 from sparsekern.errors import DtypeError, ShapeError, TopologyError
 from sparsekern.nn.held import HeldTopology
-from sparsekern.nn.init import TORCH_GAIN, sparse_uniform_
+from sparsekern.nn.init import TORCH_GAIN, as_gain, sparse_uniform_
 from sparsekern.nn.sharded import local, part, whole
 from sparsekern.nn.view import WeightView, refuse_assignment
 from sparsekern.ops import GrowScores
@@ -240,13 +240,22 @@ class SparseLayer(HeldTopology):
             return torch.where(fresh, topology.unpack(blocks), tensor)
 
     def reset_values(
-        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+        self, generator: torch.Generator | None = None, gain: float | str = TORCH_GAIN
     ) -> None:
-        """Draw the active weights anew, scaled by each neuron's active inputs; see `nn.init`."""
+        """Draw the active weights anew, scaled by each neuron's active inputs; see `nn.init`.
+
+        Args:
+            generator: to draw from; torch's default one if None.
+            gain: a number, or the nonlinearity that follows; see `nn.init.as_gain`.
+
+        Raises:
+            ConfigError, DtypeError: the gain is no positive number and no known name.
+        """
+        scale = as_gain(gain)
         blocks = torch.empty(
             self.topology.values_shape, dtype=self.values.dtype, device=self.values.device
         )
-        self.set_active_values(sparse_uniform_(blocks, self.topology, gain, generator))
+        self.set_active_values(sparse_uniform_(blocks, self.topology, scale, generator))
 
     def grow_scores(
         self,

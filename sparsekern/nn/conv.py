@@ -138,7 +138,7 @@ class SparseConv(SparseLayer):
         self.reset_parameters(generator)
 
     def reset_parameters(
-        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+        self, generator: torch.Generator | None = None, gain: float | str = TORCH_GAIN
     ) -> None:
         """Draw values scaled by each neuron's active inputs, and the bias as torch does."""
         self.reset_values(generator, gain)

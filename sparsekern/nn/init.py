@@ -7,11 +7,40 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.topology import Topology, native
 from sparsekern.topology.sampling import check_generator
 
 TORCH_GAIN = math.sqrt(1 / 3)
 """Gain that makes a layer at density 1 start like `torch.nn.Linear`; He's is sqrt(2)."""
+
+
+NONLINEARITIES = ("linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu")
+"""Names of gains, as `torch.nn.init.calculate_gain` knows them."""
+
+
+def as_gain(gain: float | str | None) -> float:
+    """A gain as a number: standard deviation times the root of a neuron's active inputs.
+
+    Args:
+        gain: that number; the nonlinearity that follows, in `NONLINEARITIES`: "relu" is He's
+            sqrt(2) (He et al. 2015, equation 10); None is torch's own, `TORCH_GAIN`.
+
+    Raises:
+        ConfigError: it is not positive and finite, or an unknown name.
+        DtypeError: it is neither a number nor a name.
+    """
+    if gain is None:
+        return TORCH_GAIN
+    if isinstance(gain, str):
+        if gain not in NONLINEARITIES:
+            raise ConfigError(f"`gain` must be a number or one of {NONLINEARITIES}; got {gain!r}")
+        return float(torch.nn.init.calculate_gain(gain))  # type: ignore[arg-type]
+    if isinstance(gain, bool) or not isinstance(gain, int | float):
+        raise DtypeError(f"`gain` must be a number or one of {NONLINEARITIES}; got {gain!r}")
+    if not 0 < gain < math.inf:
+        raise ConfigError(f"`gain` must be positive and finite; got {gain}")
+    return float(gain)
 
 
 def fan_in(topology: Topology) -> Tensor:

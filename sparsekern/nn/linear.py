@@ -71,7 +71,7 @@ class SparseLinear(SparseLayer):
         self.reset_parameters(generator)
 
     def reset_parameters(
-        self, generator: torch.Generator | None = None, gain: float = TORCH_GAIN
+        self, generator: torch.Generator | None = None, gain: float | str = TORCH_GAIN
     ) -> None:
         """Draw values scaled by each neuron's active inputs, and the bias as `nn.Linear` does."""
         self.reset_values(generator, gain)

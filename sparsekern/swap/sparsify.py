@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsekern.carry.hand_over import HandOver, Optimizers, as_optimizers, commit, prepare, undoing
 from sparsekern.errors import ConfigError, DtypeError
 from sparsekern.nn import SparseLayer
-from sparsekern.nn.init import TORCH_GAIN
+from sparsekern.nn.init import as_gain
 from sparsekern.nn.kinds import SPARSE_KINDS, SPARSE_TYPES, sparse_type, weights_of
 from sparsekern.nn.pruned import unpruned
 from sparsekern.ops.dispatch import check_impl
@@ -55,7 +55,7 @@ def sparsify_(
     filter_fn: Filter | None = None,
     exclude: Sequence[Pattern] = (),
     init: str | None = _INIT,
-    gain: float | None = None,
+    gain: float | str | None = None,
     optimizer: Optimizers = None,
     impl: str | None = None,
     generator: torch.Generator | None = None,
@@ -105,7 +105,8 @@ def sparsify_(
             None: random connections, the model's own values. Masks and plans keep their
             connections; masks keep the values too, unless `init` is given.
         gain: of values drawn by init="sparse": standard deviation times the root of a neuron's
-            inputs; None is torch's own, sqrt(1/3).
+            inputs, or the nonlinearity that follows: "relu" is He's sqrt(2). None is torch's own,
+            sqrt(1/3).
         optimizer: one or several that hold the model's weights, wrapped ones too: the new weights
             take the places of the old ones in their groups, with the state at the connections
             that stay.
@@ -242,16 +243,10 @@ def _check_exclusive(
         raise ConfigError(f"`plan` has blocks of its own; got `block` {block!r}")
 
 
-def _gain(gain: float | None, init: str | None) -> float:
-    if gain is None:
-        return TORCH_GAIN
-    if init != "sparse":
+def _gain(gain: float | str | None, init: str | None) -> float:
+    if gain is not None and init != "sparse":
         raise ConfigError(f"`gain` is of values that init='sparse' draws; got init={init!r}")
-    if isinstance(gain, bool) or not isinstance(gain, int | float):
-        raise DtypeError(f"`gain` must be a number; got {gain!r}")
-    if not 0 < gain < float("inf"):
-        raise ConfigError(f"`gain` must be positive and finite; got {gain}")
-    return float(gain)
+    return as_gain(gain)
 
 
 def _part(choice: Choice, *, pruned: bool) -> Choice:

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError
-from sparsekern.nn import SparseLayer, SparseLinear
 from sparsekern.swap import sparse_layers, sparsify_
 from sparsekern.training import zoo
 from sparsekern.training.config import DENSE, TrainConfig
 from sparsekern.training.data import CLASSES, Dataset, Images
+from sparsekern.training.topology_frames import counts, first_layer
+
+Widths = Callable[[int], int]
+"""From the width of a layer, another one."""
 
 
 def shaped(config: TrainConfig, data: Dataset) -> Dataset:
-    """The data as the model takes it: images as (n, 1, height, width), or rows of pixels.
+    """The data as the model takes it: images as (n, channels, height, width), or rows of pixels.
 
     Raises:
         ConfigError: the model's name leads to no function.
     """
-    if config.model is None or not isinstance(data, Images):
+    if not isinstance(data, Images):
+        return data
+    if config.augment:
+        data = replace(data, augmented=True)
+    if config.model is None:
         return data
     return data.with_channel() if zoo.takes_images(zoo.find(config.model)) else data
 
@@ -41,16 +51,82 @@ def build(config: TrainConfig, data: Dataset, method: str, seed: int) -> nn.Modu
             larger than a layer, or no layer comes out sparse.
         DeviceError, DtypeError, UnavailableError: the implementation can't run here.
     """
+    model = dense_network(config, data, seed)
+    if method != DENSE:
+        make_sparse(model, config, data, seed)
+    return model.to(config.device)
+
+
+def dense_network(
+    config: TrainConfig, data: Dataset, seed: int, other: Widths | None = None
+) -> nn.Module:
+    """The network on the CPU, before anything of it is sparse.
+
+    Args:
+        config: as in `build`.
+        data: as in `build`.
+        seed: of the values.
+        other: changes the widths of its hidden layers.
+
+    Raises:
+        ConfigError: as in `build`, or nothing says how wide its layers are.
+    """
     # modules draw from the global generator when they are made; the fork leaves it as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.model is not None:
-            model = zoo.make(config.model, data)
+        if config.model is None:
+            hidden = config.hidden if other is None else tuple(map(other, config.hidden))
+            model = _fully_connected((data.train_x.shape[1], *hidden))
         else:
-            model = _fully_connected((data.train_x.shape[1], *config.hidden))
-        if method != DENSE:
-            _sparsify(model, config, data.classes, seed)
-    return model.to(config.device)
+            given = {} if other is None else _changed(config.model, other)
+            model = zoo.make(config.model, data, given)
+    return model
+
+
+def make_sparse(
+    model: nn.Module,
+    config: TrainConfig,
+    data: Dataset,
+    seed: int,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    fresh: bool = False,
+) -> nn.Module:
+    """Make all but its output layer sparse, in place.
+
+    Args:
+        model: dense, on the CPU.
+        config: sparsity, block, distribution and implementation.
+        data: what it predicts.
+        seed: of connections and values.
+        masks: connections, instead of a sparsity.
+        fresh: draw new values where there are `masks`.
+
+    Raises:
+        ConfigError, ShapeError: a block is larger than a layer, or no layer comes out sparse.
+        DeviceError, DtypeError, UnavailableError: the implementation can't run here.
+    """
+    draws = masks is None or fresh
+    how: dict[str, Any] = {"init": "sparse", "gain": config.gain} if draws else {}
+    if masks is None:
+        how |= {"sparsity": config.sparsity, "distribution": config.distribution}
+        how |= {"exclude": output_layer(model, data.classes)}
+    else:
+        how |= {"masks": masks, "filter_fn": lambda _module, _name: True}
+    generator = torch.Generator().manual_seed(seed)
+    sparsify_(model, block=config.block, impl=config.impl, generator=generator, **how)
+    if not sparse_layers(model):
+        raise ConfigError(
+            f"`sparsity` must leave a hidden layer sparse; {config.sparsity} distributed by "
+            f"{config.distribution!r} makes them all dense"
+        )
+    return model
+
+
+def output_layer(model: nn.Module, classes: int) -> list[str]:
+    """Name of the last linear layer, if it is the one that scores the classes."""
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [name for name, m in linear[-1:] if m.out_features == classes]
 
 
 def first_layer_connections(model: nn.Module, data: Dataset) -> Tensor | None:
@@ -58,15 +134,9 @@ def first_layer_connections(model: nn.Module, data: Dataset) -> Tensor | None:
 
     None unless the first layer that holds weights is fully connected to the image.
     """
-    weighted = (m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False)))
-    first = next(weighted, None)
-    if not isinstance(first, SparseLinear | nn.Linear) or not isinstance(data, Images):
+    if not isinstance(data, Images) or (first := first_layer(model, data.inputs)) is None:
         return None
-    if first.in_features != data.pixels:
-        return None
-    if isinstance(first, SparseLayer):
-        return first.mask().sum(0).cpu()
-    return torch.full((first.in_features,), first.out_features, device="cpu")
+    return counts(first)[0].view(data.channels, -1).sum(0)
 
 
 def _fully_connected(widths: tuple[int, ...]) -> nn.Module:
@@ -79,24 +149,11 @@ def _fully_connected(widths: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(modules)
 
 
-def _output_layer(model: nn.Module, classes: int) -> list[str]:
-    """Name of the last linear layer, if it is the one that scores the classes."""
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return [name for name, m in linear[-1:] if m.out_features == classes]
-
-
-def _sparsify(model: nn.Module, config: TrainConfig, classes: int, seed: int) -> None:
-    sparsify_(
-        model,
-        config.sparsity,
-        block=config.block,
-        distribution=config.distribution,
-        exclude=_output_layer(model, classes),
-        impl=config.impl,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    if not sparse_layers(model):
+def _changed(model: str, other: Widths) -> dict[str, tuple[int, ...]]:
+    found = zoo.widths(model)
+    if not found:
         raise ConfigError(
-            f"`sparsity` must leave a hidden layer sparse; {config.sparsity} distributed by "
-            f"{config.distribution!r} makes them all dense"
+            f"a net of another width needs a model whose function has a parameter "
+            f"{' or '.join(map(repr, zoo.WIDTHS))}; {model!r} has none"
         )
+    return {name: tuple(map(other, widths)) for name, widths in found.items()}

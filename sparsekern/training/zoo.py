@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from sparsekern.training.data import Dataset, Images, for_model
 
 ZOO = "sparsekern.models"
 """Where a name without a module is looked up."""
+WIDTHS = ("conv", "hidden")
+"""Parameters of a model's function that say how wide its layers are."""
 
 
 def find(spec: str) -> Callable[..., nn.Module]:
@@ -29,14 +32,7 @@ def find(spec: str) -> Callable[..., nn.Module]:
     """
     before, _, name = spec.rpartition(":")
     module = before or ZOO
-    try:
-        with _current_directory_first():
-            found = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-        raise ConfigError(
-            f"`model` {spec!r}: expected {module}:{name} to import; got {told(error)}"
-            f"{_advice(module)}"
-        ) from error
+    found = imported("model", spec, module, name)
     if not callable(found):
         raise ConfigError(
             f"`model` {spec!r}: expected a function that makes an nn.Module; "
@@ -46,26 +42,58 @@ def find(spec: str) -> Callable[..., nn.Module]:
     return made
 
 
+def imported(option: str, spec: str, module: str, name: str) -> Any:
+    """What `module` holds under `name`; `spec` is what was given for `option`.
+
+    Raises:
+        ConfigError: it does not import.
+    """
+    try:
+        with _current_directory_first():
+            return getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        raise ConfigError(
+            f"`{option}` {spec!r}: expected {module}:{name} to import; got {told(error)}"
+            f"{_advice(module)}"
+        ) from error
+
+
 def takes_images(function: Callable[..., nn.Module]) -> bool:
-    """Whether the model wants (n, 1, height, width): its function has a parameter `in_channels`.
+    """Whether the model wants (n, channels, height, width): it has a parameter `in_channels`.
 
     Any other model gets images as rows of pixels.
     """
     return "in_channels" in _parameters(function)
 
 
-def make(spec: str, data: Dataset) -> nn.Module:
+def widths(spec: str) -> dict[str, tuple[int, ...]]:
+    """Its parameters that are widths of layers, `conv` and `hidden`, with what they are by default.
+
+    Raises:
+        ConfigError: as in `find`.
+    """
+    try:
+        parameters = inspect.signature(find(spec)).parameters
+    except (TypeError, ValueError):
+        return {}
+    found = {name: parameters[name].default for name in WIDTHS if name in parameters}
+    return {name: tuple(v) for name, v in found.items() if isinstance(v, Sequence) and v}
+
+
+def make(
+    spec: str, data: Dataset, widths: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> nn.Module:
     """Call the function with those of these parameters that it has, and check what it made.
 
     `classes`, `in_channels` and `image_size` (the edge, or height and width) for images; `vocab`
-    and `seq_len` for text.
+    and `seq_len` for text; and `widths`.
 
     Raises:
         ConfigError: it fails, makes no module, or its module does not fit the data.
     """
     function = find(spec)
     known = _parameters(function)
-    given = {k: v for k, v in _offered(data).items() if k in known}
+    given = {k: v for k, v in (_offered(data) | dict(widths)).items() if k in known}
     called = f"{spec}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
     try:
         model = function(**given)
@@ -82,7 +110,7 @@ def _offered(data: Dataset) -> dict[str, Any]:
         return {"vocab": data.classes, "seq_len": data.train_x.shape[1]}
     height, width = data.image_shape
     edge = height if height == width else (height, width)
-    return {"classes": data.classes, "in_channels": 1, "image_size": edge}
+    return {"classes": data.classes, "in_channels": data.channels, "image_size": edge}
 
 
 def _check_fits(model: nn.Module, called: str, data: Dataset) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError, DeviceError, DtypeError, ShapeError, WeightError
 from sparsekern.nn.connections import check_mask, topology_of
-from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
+from sparsekern.nn.init import TORCH_GAIN, as_gain, draw_uniform_
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.recurrent.arguments import Shares, by_name
 from sparsekern.topology import Topology
@@ -123,7 +123,7 @@ class SparseRecurrent(nn.Module):
         self,
         generator: torch.Generator | None = None,
         names: Container[str] | None = None,
-        gain: float = TORCH_GAIN,
+        gain: float | str = TORCH_GAIN,
     ) -> None:
         """Draw as torch does, from U(-b, b) with b = 1 / sqrt(hidden_size).
 
@@ -133,14 +133,15 @@ class SparseRecurrent(nn.Module):
         Args:
             generator: to draw from; torch's default one if None.
             names: of the matrices to draw, with their biases; None for all.
-            gain: of sparse weights; other than the default one it scales that bound.
+            gain: of sparse weights, see `nn.init.as_gain`; other than the default one it scales
+                that bound.
         """
-        bound = 1 / math.sqrt(self.hidden_size)
+        bound, scale = 1 / math.sqrt(self.hidden_size), as_gain(gain)
         for name, layer in self._matrices().items():
             if names is not None and name not in names:
                 continue
             if isinstance(layer, SparseLinear):
-                layer.reset_values(generator, gain * math.sqrt(layer.in_features) * bound)
+                layer.reset_values(generator, scale * math.sqrt(layer.in_features) * bound)
             else:
                 draw_uniform_(layer.weight.data, generator, bound)
             if layer.bias is not None:

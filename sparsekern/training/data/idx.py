@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST: a magic number, the sizes, and unsigned bytes."""
+"""IDX files, the format of MNIST: a magic number, sizes, unsigned bytes; and bounded reading."""
 
 from __future__ import annotations
 
@@ -74,3 +74,29 @@ def read_at_most(file: BinaryIO, size: int) -> bytearray:
     while len(content) < size and (chunk := file.read(min(size - len(content), _CHUNK))):
         content += chunk
     return content
+
+
+class Bounded:
+    """A binary file that raises `DataError` when more than `most` bytes of it are asked for."""
+
+    def __init__(self, file: BinaryIO, most: int = MOST_BYTES) -> None:
+        self.file, self.left, self.most = file, most, most
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes; all there are if it is negative."""
+        most = self.left + 1 if size < 0 else min(size, self.left + 1)
+        return self._counted(bytes(read_at_most(self.file, most)))
+
+    def readline(self) -> bytes:
+        """Read up to the next line break."""
+        return self._counted(self.file.readline(self.left + 1))
+
+    def tell(self) -> int:
+        """Bytes read."""
+        return self.most - self.left
+
+    def _counted(self, content: bytes) -> bytes:
+        self.left -= len(content)
+        if self.left < 0:
+            raise DataError(f"expected at most {self.most:,} bytes, unpacked; got more")
+        return content

@@ -1,4 +1,4 @@
-"""The picture of a run: connections move from the empty edge of the image to where the ink is.
+"""The picture of one method: connections move from the empty edge of the image to where the ink is.
 
 After the figure in the RigL authors' blog post: how many connections leave each input pixel, before
 and after training, beside the average image.
@@ -8,28 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sparsekern.errors import ConfigError, UnavailableError
+from sparsekern.errors import ConfigError
 from sparsekern.show.output_files import write_figure
-from sparsekern.training.data import DEMO_EXTRA
-from sparsekern.training.trainer import RunResult
-
-_NAMES = {"rigl": "RigL", "set": "SET", "static": "Static", "dense": "Dense"}
+from sparsekern.training.outcome import Connections
+from sparsekern.training.pictures.style import check_available, look
 
 
-def check_available() -> None:
-    """Raise `UnavailableError` unless matplotlib can be imported."""
-    try:
-        import matplotlib as mpl  # noqa: F401, PLC0415  an optional extra
-    except ImportError as error:
-        raise UnavailableError(f"a picture needs matplotlib: {DEMO_EXTRA}") from error
+class Drawn(Protocol):
+    """What is asked of a run."""
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+
+    @property
+    def connections(self) -> Connections | None:
+        """Before and after training."""
 
 
-def draw(results: Sequence[RunResult], average: Tensor, path: Path, subtitle: str = "") -> None:
+def draw(results: Sequence[Drawn], average: Tensor, path: Path, subtitle: str = "") -> None:
     """Write a PNG with three panels: average image, connections at the start, and at the end.
 
     Args:
@@ -65,7 +67,7 @@ def draw(results: Sequence[RunResult], average: Tensor, path: Path, subtitle: st
 
 
 def mean_connections(
-    results: Sequence[RunResult], image_shape: tuple[int, ...]
+    results: Sequence[Drawn], image_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Connections that leave each pixel at start and end, mean over runs: (height, width) each.
 
@@ -83,8 +85,8 @@ def mean_connections(
     return starts.mean(0).view(image_shape), ends.mean(0).view(image_shape)
 
 
-def _titles(figure: Any, results: Sequence[RunResult], subtitle: str) -> None:
-    name = _NAMES[results[0].method]
+def _titles(figure: Any, results: Sequence[Drawn], subtitle: str) -> None:
+    name = look(results[0].method).label
     figure.suptitle(f"{name}: connections from the image into the first layer", fontsize=14)
     if subtitle:
         figure.supxlabel(subtitle, fontsize=9, color="0.35")
