@@ -24,6 +24,7 @@ from sparsekern.nn.connections import check_mask, topology_of
 from sparsekern.nn.init import TORCH_GAIN, as_gain
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.recurrent.arguments import Shares, by_name
+from sparsekern.nn.symbolic import one_node
 from sparsekern.nn.view import PackedView
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block, check_sparsity
@@ -182,6 +183,7 @@ class SparseMultiheadAttention(nn.Module):
         rows = 3 * rows if self.is_packed else rows  # the matrix that torch draws is packed
         return math.sqrt(2 * cols / (rows + cols)) / TORCH_GAIN
 
+    @one_node
     def forward(
         self,
         query: Tensor,

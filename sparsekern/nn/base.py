@@ -337,7 +337,7 @@ class SparseLayer(HeldTopology):
         """Route y = f(x) through the capture operator if observed."""
         if not self._capture_key or not torch.is_grad_enabled() or not self.values.requires_grad:
             return y
-        if is_traced():
+        if is_traced() or torch.compiler.is_exporting():
             return y
         return cast(Tensor, capture(y, x, self.values, self._capture_key))
 

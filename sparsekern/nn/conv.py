@@ -25,6 +25,7 @@ from sparsekern.nn.conv_arguments import (
 )
 from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
 from sparsekern.nn.sharded import local
+from sparsekern.nn.symbolic import Proxy, node_of
 from sparsekern.ops import GrowScores
 from sparsekern.ops.geometry import ConvGeometry
 from sparsekern.ops.masked import dense_conv2d, to_kernel, to_matrix
@@ -164,6 +165,8 @@ class SparseConv(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, C_in, *size), or one image without N, to (N, C_out, *size)."""
+        if isinstance(input, Proxy):
+            return cast(Tensor, node_of(self, input, (input,), {}))
         if input.dim() not in (self.dims + 1, self.dims + 2) or input.shape[-self.dims - 1] != (
             self.in_channels
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from sparsekern.errors import ConfigError, DtypeError, ShapeError
 from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.connections import check_mask, check_topology, topology_of
 from sparsekern.nn.init import TORCH_GAIN, draw_uniform_
+from sparsekern.nn.symbolic import Proxy, node_of
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block, Grid
 
@@ -81,6 +83,8 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if isinstance(input, Proxy):
+            return cast(Tensor, node_of(self, input, (input,), {}))
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise ShapeError(
                 f"input must have shape (..., {self.in_features}); got {tuple(input.shape)}"

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.ops.direct import is_plain
-from sparsekern.ops.library import below_autograd, define, differentiate
+from sparsekern.ops.library import define, differentiate, vectorize
+from sparsekern.ops.transforms import Rule, below_autograd, folded
 
 _C: Any = torch._C  # untyped in torch
 
@@ -109,6 +110,7 @@ class _Capture(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, values: Tensor, key: int) -> Tensor:
         ctx.values, ctx.key = values, key
         ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
         copy: Tensor = below_autograd(capture, y, x, values, key)
         return copy
 
@@ -118,8 +120,15 @@ class _Capture(torch.autograd.Function):
         dy = _handed(ctx.key, dy, x)
         dx = None
         if torch.is_grad_enabled() and ctx.needs_input_grad[1]:
-            dx = _absent(dy, ctx.values, x, ctx.key, True)
+            dx = _absent(dy, x, ctx.values, ctx.key, True)
         return dy, dx, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, ty: Any, tx: Any, *_: Any) -> Tensor | None:
+        if ty is None or tx is None:
+            return None if ty is None else ty.clone()
+        passed: Tensor = capture(ty, tx, ctx.values, ctx.key)  # x w depends on w once more
+        return passed
 
 
 class _CaptureBackward(torch.autograd.Function):
@@ -132,8 +141,13 @@ class _CaptureBackward(torch.autograd.Function):
     def backward(_ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return g, None, None
 
+    @staticmethod
+    def jvp(_ctx: Any, t_dy: Any, *_: Any) -> Tensor | None:
+        return None if t_dy is None else t_dy.clone()
+
 
 differentiate({"capture": _Capture, "capture_backward": _CaptureBackward})
+vectorize({"capture": folded(capture, 2), "capture_backward": folded(capture_backward, 2)})
 
 
 class _Absent(torch.autograd.Function):
@@ -144,23 +158,37 @@ class _Absent(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, given: Tensor, values: Tensor, like: Tensor, key: int, by_dy: bool
-    ) -> Tensor:
-        ctx.values, ctx.key, ctx.by_dy = values, key, by_dy
-        ctx.save_for_backward(given)
+    def forward(given: Tensor, like: Tensor, *_: Any) -> Tensor:
         return given.new_zeros(()).expand(like.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        given, like, ctx.values, ctx.key, ctx.by_dy = inputs
+        ctx.save_for_backward(given)
+        ctx.save_for_forward(like)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (given,) = ctx.saved_tensors
-        receive(ctx.key, *((given, g) if ctx.by_dy else (g, given)))
+        _handed(ctx.key, *((given, g) if ctx.by_dy else (g, given)))
         again = None
         if torch.is_grad_enabled() and ctx.needs_input_grad[0]:
-            again = _absent(g, ctx.values, given, ctx.key, not ctx.by_dy)
+            again = _absent(g, given, ctx.values, ctx.key, not ctx.by_dy)
         return again, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, t_given: Any, *_: Any) -> Tensor | None:
+        (like,) = ctx.saved_tensors
+        return None if t_given is None else _absent(t_given, like, ctx.values, ctx.key, ctx.by_dy)
 
-def _absent(given: Tensor, values: Tensor, like: Tensor, key: int, by_dy: bool) -> Tensor:
-    zeros: Tensor = _Absent.apply(given, values, like.detach(), key, by_dy)  # type: ignore[no-untyped-call]
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return _absent_rule(info, in_dims, *args)
+
+
+def _absent(given: Tensor, like: Tensor, values: Tensor, key: int, by_dy: bool) -> Tensor:
+    zeros: Tensor = _Absent.apply(given, like.detach(), values, key, by_dy)  # type: ignore[no-untyped-call]
     return zeros
+
+
+_absent_rule: Rule = folded(_absent, 2)

@@ -20,7 +20,6 @@ from sparsekern.ops.layout import format_of
 from sparsekern.ops.library import (
     NO_GRADS,
     TOPOLOGY,
-    below_autograd,
     checked_topology,
     define,
     differentiate,
@@ -29,6 +28,15 @@ from sparsekern.ops.library import (
     keep,
     parts,
     restore,
+    vectorize,
+)
+from sparsekern.ops.transforms import (
+    below_autograd,
+    bilinear_tangent,
+    both_gradients,
+    each,
+    folded,
+    tangent_sum,
 )
 from sparsekern.topology import ARRAY_NAMES, Topology
 
@@ -160,6 +168,15 @@ class _Conv2d(torch.autograd.Function):
             dw = conv2d_wgrad(dy, x, *rest)
         return dx, dw, dy.sum((0, 2, 3)) if needs_bias else None, *NO_GRADS
 
+    @staticmethod
+    def jvp(ctx: Any, tx: Any, t_values: Any, t_bias: Any, *_: Any) -> Tensor | None:
+        (x, values), rest = restore(ctx)
+        product = bilinear_tangent(_plain_conv2d, (x, values), (tx, t_values), rest)
+        if t_bias is None:
+            return product
+        size = x.shape[0], -1, *output_size(rest[-2])
+        return tangent_sum(product, t_bias.view(1, -1, 1, 1).expand(size))
+
 
 _dgrad_function, _wgrad_function, _both = gradient_functions(
     _plain_conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_backward
@@ -170,6 +187,14 @@ differentiate(
         "conv2d_dgrad": _dgrad_function,
         "conv2d_wgrad": _wgrad_function,
         "conv2d_backward": _both,
+    }
+)
+vectorize(
+    {
+        "conv2d": folded(conv2d),
+        "conv2d_dgrad": folded(conv2d_dgrad),
+        "conv2d_wgrad": each(conv2d_wgrad),
+        "conv2d_backward": both_gradients(conv2d_backward, conv2d_dgrad, conv2d_wgrad),
     }
 )
 

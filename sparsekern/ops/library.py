@@ -18,6 +18,17 @@ from torch import Tensor
 
 from sparsekern.ops.dispatch import backend
 from sparsekern.ops.grow import grow_scores_of
+from sparsekern.ops.transforms import (
+    Rule,
+    below_autograd,
+    bilinear_tangent,
+    both_gradients,
+    each,
+    folded,
+    kernel_of,
+    refused,
+    tangent_sum,
+)
 from sparsekern.topology import ARRAY_NAMES, Topology
 from sparsekern.topology.known import known_topology, versions_if_counted, versions_of
 
@@ -180,6 +191,7 @@ def keep(ctx: Any, *operands: Any) -> None:
     ctx.arrays = tensors[-len(ARRAY_NAMES) :]
     ctx.versions = versions_if_counted(ctx.arrays)
     ctx.save_for_backward(*tensors[: -len(ARRAY_NAMES)])
+    ctx.save_for_forward(*tensors[: -len(ARRAY_NAMES)])
 
 
 def restore(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -206,12 +218,6 @@ def _plain_spmm(x: Tensor, values: Tensor, rest: tuple[Any, ...]) -> Any:
     return spmm(x, values, None, *parts, False, impl)
 
 
-def below_autograd(op: Any, *args: Any) -> Any:
-    """Call an operator from its own autograd function."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 class _Spmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Any:
@@ -234,6 +240,23 @@ class _Spmm(torch.autograd.Function):
         elif needs_values:
             dw = sddmm(dy, x, *rest)
         return dx, dw, dy.sum(0) if needs_bias else None, *NO_GRADS, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Any, t_values: Any, t_bias: Any, *_: Any) -> Tensor | None:
+        (x, values, *clamped), rest = restore(ctx)
+        product = bilinear_tangent(_plain_spmm, (x, values), (tx, t_values), rest)
+        ty = tangent_sum(product, None if t_bias is None else t_bias.expand(x.shape[0], -1))
+        return torch.ops.aten.threshold_backward(ty, clamped[0], 0) if clamped else ty
+
+
+def _tangent_of(op: Any) -> Callable[..., Tensor | None]:
+    """The forward derivative of an operator of two tensors."""
+
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        operands, rest = restore(ctx)
+        return bilinear_tangent(op, operands, tangents[:2], *rest)
+
+    return jvp
 
 
 def gradient_functions(
@@ -262,6 +285,8 @@ def gradient_functions(
             d_values = sampled(dy, g, *rest) if needs_values else None
             return d_dy, d_values, *NO_GRADS
 
+        jvp = staticmethod(_tangent_of(transposed))
+
     class Sampled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, dy: Tensor, x: Tensor, *rest: Any) -> Any:
@@ -275,6 +300,8 @@ def gradient_functions(
             d_dy = product(x, g, rest) if needs_dy else None
             d_x = transposed(dy, g, *rest) if needs_x else None
             return d_dy, d_x, *NO_GRADS
+
+        jvp = staticmethod(_tangent_of(sampled))
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -291,17 +318,41 @@ def gradient_functions(
             d_values = sampled(dy, gx, *rest) if needs_values else None
             return d_dy, d_x, d_values, *NO_GRADS
 
+        @staticmethod
+        def jvp(ctx: Any, t_dy: Any, tx: Any, t_values: Any, *_: Any) -> tuple[Any, Any]:
+            (dy, x, values), rest = restore(ctx)
+            return (
+                bilinear_tangent(transposed, (dy, values), (t_dy, t_values), *rest),
+                bilinear_tangent(sampled, (dy, x), (t_dy, tx), *rest),
+            )
+
     return Transposed, Sampled, Backward
 
 
 def differentiate(functions: dict[str, Any]) -> None:
     """Give operators, by name, their autograd functions."""
     for name, function in functions.items():
-        _LIBRARY.impl(name, function.apply, "Autograd")
+        _LIBRARY.impl(name, kernel_of(function), "Autograd")
+
+
+def vectorize(rules: dict[str, Rule]) -> None:
+    """Give operators, by name, their rules under `torch.vmap`."""
+    for name, rule in rules.items():
+        torch.library.register_vmap(f"sparsekern::{name}", rule, lib=_LIBRARY)
 
 
 _transposed, _sampled, _both = gradient_functions(_plain_spmm, spmm_t, sddmm, spmm_backward)
 differentiate({"spmm": _Spmm, "spmm_t": _transposed, "sddmm": _sampled, "spmm_backward": _both})
+vectorize(
+    {
+        "spmm": folded(spmm),
+        "spmm_t": folded(spmm_t),
+        "sddmm": each(sddmm),
+        "spmm_backward": both_gradients(spmm_backward, spmm_t, sddmm),
+        "sddmm_add": refused("sddmm_add", "call `sddmm`, which writes to no operand"),
+        "grow_scores": refused("grow_scores", "a topology is scored by all tokens at once"),
+    }
+)
 
 
 class Operators:

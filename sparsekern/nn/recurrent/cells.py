@@ -18,6 +18,7 @@ from sparsekern.nn.recurrent.arguments import (
 from sparsekern.nn.recurrent.base import SparseRecurrent, uncompiled
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.scan import scan
+from sparsekern.nn.symbolic import one_node
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block
 
@@ -105,6 +106,7 @@ class SparseGRUCell(_Cell):
         super().__init__("gru", input_size, hidden_size, bias)
         self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
+    @one_node
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Next state (B, H) or (H,) of `input` (B, input_size) or (input_size,) and `hx`."""
         return self._step(input, hx)[0]
@@ -144,6 +146,7 @@ class SparseRNNCell(_Cell):
         """Either "tanh" or "relu"."""
         return self.kind
 
+    @one_node
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Next state (B, H) or (H,) of `input` (B, input_size) or (input_size,) and `hx`."""
         return self._step(input, hx)[0]
@@ -174,6 +177,7 @@ class SparseLSTMCell(_Cell):
         super().__init__("lstm", input_size, hidden_size, bias)
         self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
+    @one_node
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:

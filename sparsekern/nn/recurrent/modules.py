@@ -13,6 +13,7 @@ from sparsekern.nn.recurrent.arguments import Shares, check_nonlinearity
 from sparsekern.nn.recurrent.base import SparseRecurrent
 from sparsekern.nn.recurrent.cells import SparseGRUCell, SparseLSTMCell, SparseRNNCell
 from sparsekern.nn.recurrent.layers import RecurrentLayers
+from sparsekern.nn.symbolic import one_node
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Block
 
@@ -86,6 +87,7 @@ class SparseGRU(RecurrentLayers):
         )
         self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
+    @one_node
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Any, Tensor]:
@@ -150,6 +152,7 @@ class SparseRNN(RecurrentLayers):
         """Either "tanh" or "relu"."""
         return self.kind
 
+    @one_node
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Any, Tensor]:
@@ -200,6 +203,7 @@ class SparseLSTM(RecurrentLayers):
         )
         self._build(sparsity, block, impl, topologies, generator, device, dtype)
 
+    @one_node
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Any, tuple[Tensor, Tensor]]:

@@ -23,9 +23,10 @@ from sparsekern.nn.base import SparseLayer
 from sparsekern.nn.recurrent.compiled import BACKWARD
 from sparsekern.nn.recurrent.gates import KINDS
 from sparsekern.nn.recurrent.products import Product, recipe_of
+from sparsekern.nn.recurrent.unrolled import is_transformed, unrolled
 from sparsekern.ops import capture
 from sparsekern.ops.direct import is_plain
-from sparsekern.ops.library import check_unchanged, is_traced
+from sparsekern.ops.library import check_unchanged
 from sparsekern.ops.ranges import ranged
 from sparsekern.topology import Topology
 from sparsekern.topology.known import versions_if_counted
@@ -58,6 +59,8 @@ def scan(
     Raises:
         UnavailableError: where its gradient is to be differentiated again.
     """
+    if is_transformed():
+        return unrolled(kind, inputs, state, hidden, projection, sizes, reverse=reverse)
     layers = [hidden] if projection is None else [hidden, projection]
     recipes = [recipe_of(layer, inputs.dtype) for layer in layers]
     tensors = [inputs, recipes[0].bias, *state, *(t for r in recipes for t in r.tensors)]
@@ -72,11 +75,6 @@ def scan(
         for layer, recipe in zip(layers, recipes, strict=True)
     ]
     plan = _Plan(kind, tuple(sizes), reverse, weights, keep)
-    if is_traced():  # the tracer can't enter an autograd function
-        held = [t for recipe in recipes for t in recipe.tensors]
-        with _bare(inputs):
-            kept, final = _forward(plan._replace(keep=False), inputs, recipes[0].bias, state, held)
-        return kept[0], *final
     result: tuple[Tensor, ...] = _Scan.apply(plan, *tensors)  # type: ignore[no-untyped-call]
     return result
 
