@@ -5,6 +5,7 @@ sk.sparsify_(model, masks=tickets.top(scores, 0.95))
 """
 
 from sparsekern.tickets.at_init import grasp, random, snip, synflow
+from sparsekern.tickets.basis import Basis, coordinates, from_basis_, hold_, in_basis_
 from sparsekern.tickets.deconstruct import CRITERIA, Criterion, pruned, rescaled, survivors
 from sparsekern.tickets.masks import Masks, Scores, shuffled, top, weights
 from sparsekern.tickets.pruning import Pruning
@@ -12,12 +13,17 @@ from sparsekern.tickets.supermask import Supermask, supermask_, supermasks, to_s
 
 __all__ = [
     "CRITERIA",
+    "Basis",
     "Criterion",
     "Masks",
     "Pruning",
     "Scores",
     "Supermask",
+    "coordinates",
+    "from_basis_",
     "grasp",
+    "hold_",
+    "in_basis_",
     "pruned",
     "random",
     "rescaled",

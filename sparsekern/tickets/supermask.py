@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ from sparsekern.swap.refuse import check_model, check_unwrapped
 from sparsekern.swap.targets import Filter
 from sparsekern.tickets.checks import check_all, unknown
 from sparsekern.tickets.masks import Masks, weights
+from sparsekern.tickets.parametrized import Before, bare_, original, parametrized_by
 from sparsekern.topology.blocks import active_count
 from sparsekern.topology.sampling import check_generator
 from sparsekern.topology.select import top_k_mask
 
-_T = TypeVar("_T")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
@@ -207,13 +207,13 @@ def to_sparse_(
     check_all({"model": {name: one.scores for name, (_, one) in found.items()}}, chosen)
     with torch.no_grad():
         values = {
-            name: one.masked(_original(layer), chosen[name].to(one.scores.device))
+            name: one.masked(original(layer), chosen[name].to(one.scores.device))
             for name, (layer, one) in found.items()
         }
-    before = {name: _State.of(layer) for name, (layer, _) in found.items()}
+    before = {name: Before.of(layer) for name, (layer, _) in found.items()}
     try:
         for name, (layer, _) in found.items():
-            _bare(layer, nn.Parameter(values[name], requires_grad=False))
+            bare_(layer, nn.Parameter(values[name], requires_grad=False))
         sparsify_(model, masks=chosen, filter_fn=_any)
     except BaseException:
         for name, (layer, _) in found.items():
@@ -229,57 +229,10 @@ def _any(_module: nn.Module, _name: str) -> bool:
 
 def _found(model: nn.Module) -> dict[str, tuple[nn.Module, Supermask]]:
     """Layers and their supermasks by name."""
-    check_model(model)
-    found = {}
-    for name, module in model.named_modules():
-        if not parametrize.is_parametrized(module, "weight"):
-            continue
-        over = list(module.parametrizations.weight)
-        if any(isinstance(one, Supermask) for one in over):
-            if len(over) > 1 or len(module.parametrizations) > 1:
-                raise ConfigError(
-                    f"layer {name!r} has another parametrization beside its supermask"
-                )
-            found[name] = (module, over[0])
+    found = parametrized_by(model, Supermask)
     if not found:
         raise ConfigError("`model` has no supermask: put some on with supermask_")
     return found
-
-
-def _original(layer: nn.Module) -> nn.Parameter:
-    original: nn.Parameter = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
-    return original
-
-
-class _State(NamedTuple):
-    """What of a layer its conversion changes."""
-
-    kind: type
-    parameters: dict[str, nn.Parameter | None]
-    children: dict[str, nn.Module | None]
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> _State:
-        return cls(type(layer), dict(layer._parameters), dict(layer._modules))
-
-    def restore(self, layer: nn.Module) -> None:
-        layer.__class__ = self.kind
-        _replaced(layer._parameters, self.parameters)
-        _replaced(layer._modules, self.children)
-
-
-def _bare(layer: nn.Module, weight: nn.Parameter) -> None:
-    """Take the parametrization off one layer.
-
-    torch's own way takes the property off its class, which copies of the layer share.
-    """
-    kind = parametrize.type_before_parametrizations(layer)
-    _State(kind, {"weight": weight, **layer._parameters}, {}).restore(layer)
-
-
-def _replaced(old: dict[str, _T], new: Mapping[str, _T]) -> None:
-    old.clear()
-    old.update(new)
 
 
 # ---- the three kinds
