@@ -50,8 +50,8 @@ TRANSFORMS: Mapping[str, Transform] = {
 }
 """Those that go by name. The others are yours.
 
-Masks in "identity" are the usual tickets, and those of whole rows prune units. "svd" has the singular
-vectors of the weight as it is now: masks of the first diagonal coordinates are low rank.
+Masks in "identity" are the usual tickets, and those of whole rows prune units. "svd" has the
+singular vectors of the weight as it is now: masks of the first diagonal coordinates are low rank.
 """
 
 
