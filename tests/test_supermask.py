@@ -66,6 +66,13 @@ def test_the_worked_example(kind, effective):
     assert torch.equal(supermask.scores.grad, torch.tensor([[0.5, 1.0, 0.25, -2.0]]))
 
 
+def test_alpha_of_biprop_divides_by_the_share_and_not_by_the_number_kept():
+    # 3 - int(3 / 2) = 2 are kept, and int(3 / 2) = 1 is what the paper's code divides by
+    layer, supermask = frozen(torch.tensor([[1.0, -2.0, 4.0]]), "biprop")
+    supermask.scores.data = torch.tensor([[0.9, -0.1, -0.8]])
+    assert torch.equal(layer.weight, torch.tensor([[5.0, 0.0, 5.0]]))
+
+
 def test_popup_is_rescaled_by_a_constant():
     layer, supermask = frozen(W, "popup", rescale=True)
     supermask.scores.data = S.clone()
