@@ -127,8 +127,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 @every_method
-@pytest.mark.parametrize("block", [1, 4])
-@pytest.mark.parametrize("impl", ["cpu", "masked"])
+@pytest.mark.parametrize(("impl", "block"), [("cpu", 1), ("cpu", 4), ("masked", 4)])
 def test_the_size_is_as_claimed_at_every_step_and_state_follows(name, block, impl):
     """At learning rate 0 weights stay what they are, but for those that are dropped or new."""
     model = net(name, block, impl)
@@ -199,7 +198,9 @@ def test_a_resume_goes_on_to_the_bit(name, way, tmp_path):
     if way == "sparsekern":
         sk.load(tmp_path / "training", other, resumed, method=again)
     else:
-        if method.resizes:
+        then = {k: saved[0][f"{k}.values"].shape[0] for k in method.layers}
+        assert method.resizes or then == sizes(other)
+        if then != sizes(other):
             with pytest.raises(sk.ShapeError, match=r"sparsekern\.load fits a model"):
                 other.load_state_dict(saved[0])
             sk.load(tmp_path / "training", other)
