@@ -7,7 +7,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 """
 
-from sparsekern import ops, tickets
+from sparsekern import methods, ops, tickets
 from sparsekern.checkpoint import SavedLayer, load, save
 from sparsekern.errors import (
     AverageError,
@@ -118,6 +118,7 @@ __all__ = [
     "WeightError",
     "densify_",
     "load",
+    "methods",
     "ops",
     "plan",
     "profile",

@@ -179,9 +179,8 @@ class Method(Traced):
 
     def survivors(self, name: str, layer: SparseLayer, fraction: float) -> Tensor:
         """Mark the active blocks that stay, (nnzb,) bool; the schedule asks for `fraction` less."""
-        return drop_smallest(
-            self.drop_scores(name, layer), drop_count(layer.topology.nnzb, fraction)
-        )
+        scores = expect("drop_scores", name, self.drop_scores(name, layer), (layer.topology.nnzb,))
+        return drop_smallest(scores, drop_count(layer.topology.nnzb, fraction))
 
     def most_grown(self, name: str, layer: SparseLayer, fraction: float) -> int:  # noqa: ARG002
         """How many blocks may grow in a layer at most, told to the source before the batch.
