@@ -5,18 +5,35 @@ sk.sparsify_(model, masks=tickets.top(scores, 0.95))
 """
 
 from sparsekern.tickets.at_init import grasp, random, snip, synflow
+from sparsekern.tickets.basis import Basis, coordinates, from_basis_, hold_, in_basis_
+from sparsekern.tickets.deconstruct import CRITERIA, Criterion, pruned, rescaled, survivors
 from sparsekern.tickets.masks import Masks, Scores, shuffled, top, weights
 from sparsekern.tickets.pruning import Pruning
+from sparsekern.tickets.supermask import Supermask, supermask_, supermasks, to_sparse_
 
 __all__ = [
+    "CRITERIA",
+    "Basis",
+    "Criterion",
     "Masks",
     "Pruning",
     "Scores",
+    "Supermask",
+    "coordinates",
+    "from_basis_",
     "grasp",
+    "hold_",
+    "in_basis_",
+    "pruned",
     "random",
+    "rescaled",
     "shuffled",
     "snip",
+    "supermask_",
+    "supermasks",
+    "survivors",
     "synflow",
+    "to_sparse_",
     "top",
     "weights",
 ]
