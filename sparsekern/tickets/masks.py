@@ -68,15 +68,19 @@ def top(
     check_sparsity(sparsity)
     _check_scores(scores)
     if scope == "global":
-        every = torch.cat([s.detach().flatten() for s in scores.values()])
-        flat = top_k_mask(every, active_count(every.numel(), sparsity))
-        parts = torch.split(flat, [s.numel() for s in scores.values()])
-        return {n: part.view(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
+        return largest(scores, active_count(sum(s.numel() for s in scores.values()), sparsity))
     shares = _shares({name: s.shape for name, s in scores.items()}, sparsity, scope)
     return {
         name: top_k_mask(s.detach().flatten(), active_count(s.numel(), shares[name])).view(s.shape)
         for name, s in scores.items()
     }
+
+
+def largest(scores: Mapping[str, Tensor], count: int) -> Masks:
+    """Masks of the `count` largest scores of all; of equal ones the first stay."""
+    every = torch.cat([s.detach().flatten() for s in scores.values()])
+    parts = torch.split(top_k_mask(every, count), [s.numel() for s in scores.values()])
+    return {n: part.view(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
 
 
 def block_masks(
