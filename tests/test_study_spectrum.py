@@ -169,3 +169,24 @@ def test_bad_input():
         spectrum(3, [(x, y)], nn.functional.cross_entropy)
     with pytest.raises(ConfigError, match="no parameter"):
         spectrum(model.requires_grad_(False), [(x, y)], nn.functional.cross_entropy)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_a_sparse_gru_has_the_hessian_of_the_masked_one():
+    torch.manual_seed(0)
+    model = sk.sparsify_(Recurrent().double(), 0.5, exclude=["head"])
+    batches = [(torch.randn(3, 2, 3, dtype=F64), torch.tensor([0, 2, 1]))]
+    made = spectrum(model, batches, nn.functional.cross_entropy)
+    masks = {name: layer.mask() for name, layer in sk.sparse_layers(model).items()}
+    same = spectrum(sk.densify_(model), batches, nn.functional.cross_entropy, masks=masks)
+    assert made.size == same.size
+    scale = float(same.values.abs().max())
+    assert float((same.values - made.values).abs().max()) <= 8 * 64 * same.size * U * scale
