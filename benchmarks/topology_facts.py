@@ -61,6 +61,7 @@ def main() -> None:
     print(
         "| method | accuracy % | live outputs of 300 | live inputs of 784 | fan-in median / max |"
     )
+    print("|---|---|---|---|---|---|---|")
     for name in METHODS:
         print(row(name, data, epochs), flush=True)
 

@@ -32,29 +32,62 @@ def context():
 
 
 def ranks(worker, world, *args, timeout=None):
-    """What `worker(rank, world, *args)` returns on each rank, or the exception that ended it."""
-    made = context()
-    told, port = made.Queue(), free_port()
-    processes = [
-        made.Process(target=_rank, args=(worker, rank, world, port, timeout, told, args))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    found, end = {}, time.monotonic() + PATIENCE
-    while len(found) < world and time.monotonic() < end:
-        try:
-            rank, what = told.get(timeout=0.5)
-            found[rank] = pickle.loads(what)
-        except queue.Empty:
-            gone = [r for r, p in enumerate(processes) if not p.is_alive() and r not in found]
-            if gone and told.empty():
-                found |= {rank: DiedError(processes[rank].exitcode) for rank in gone}
-    for process in processes:
-        process.join(10)
-        if process.is_alive():
+    """What `worker(rank, world, *args)` returns on each rank, or the exception that ended it.
+
+    The processes are kept for the next call with as many, unless one has failed: what a worker
+    leaves behind, such as patches or another process group, is there then. With a `timeout`, in
+    seconds, of the process group they are their own.
+    """
+    team = _teams.pop(world, None) if timeout is None else None
+    if team is None or not all(process.is_alive() for process in team.processes):
+        team = Team(world, timeout)
+    found = team.run(worker, args)
+    if timeout is None and not any(isinstance(one, Exception) for one in found.values()):
+        _teams[world] = team
+    else:
+        team.end()
+    return found
+
+
+_teams = {}
+
+
+class Team:
+    """Processes with a process group among them, that do one piece of work after the other."""
+
+    def __init__(self, world, timeout):
+        made, port = context(), free_port()
+        self.told, self.orders = made.Queue(), [made.SimpleQueue() for _ in range(world)]
+        self.processes = [
+            made.Process(
+                target=_rank, args=(rank, world, port, timeout, self.told, order), daemon=True
+            )
+            for rank, order in enumerate(self.orders)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, worker, args):
+        """What it gives on each rank, or the exception that ended it."""
+        for order in self.orders:
+            order.put((worker, args))
+        world, found, end = len(self.processes), {}, time.monotonic() + PATIENCE
+        while len(found) < world and time.monotonic() < end:
+            try:
+                rank, what = self.told.get(timeout=0.5)
+                found[rank] = pickle.loads(what)
+            except queue.Empty:
+                lost = [r for r in range(world) if r not in found]
+                gone = [r for r in lost if not self.processes[r].is_alive()]
+                if gone and self.told.empty():
+                    found |= {rank: DiedError(self.processes[rank].exitcode) for rank in gone}
+        return {rank: found.get(rank, DiedError("it hangs")) for rank in range(world)}
+
+    def end(self):
+        """Let no process go on."""
+        for process in self.processes:
             process.kill()
-    return {rank: found.get(rank, DiedError("it hangs")) for rank in range(world)}
+            process.join()
 
 
 class DiedError(Exception):
@@ -89,21 +122,18 @@ def values(found):
     return [found[rank] for rank in sorted(found)]
 
 
-def _rank(worker, rank, world, port, timeout, told, args):
+def _rank(rank, world, port, timeout, told, orders):
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(PATIENCE - 20)  # a rank that hangs says where
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     limit = {} if timeout is None else {"timeout": datetime.timedelta(seconds=timeout)}
     where = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, **limit)
-    try:
-        result = pickle.dumps(worker(rank, world, *args))  # tensors by value
-    except BaseException as error:
-        result = pickle.dumps(failure(error))
-    told.put((rank, result))
-    told.close()
-    told.join_thread()  # it is all written
-    if timeout is None:
-        dist.barrier()  # a group that is left while others still talk may end them
-        dist.destroy_process_group()
-    os._exit(0)
+    while True:
+        worker, args = orders.get()
+        faulthandler.dump_traceback_later(PATIENCE - 20)  # a rank that hangs says where
+        try:
+            result = pickle.dumps(worker(rank, world, *args))  # tensors by value
+        except BaseException as error:
+            result = pickle.dumps(failure(error))
+        faulthandler.cancel_dump_traceback_later()
+        told.put((rank, result))

@@ -224,3 +224,18 @@ def test_weights_that_a_model_takes_and_adapters_stay_dense():
     forced = sk.sparsify_(nn.Sequential(Mixer()), 0.5, filter_fn=lambda _, name: "taken" in name)
     with pytest.raises(sk.SparseKernError):
         forced(torch.randn(2, 8))
+
+
+def test_a_plan_names_the_projections_that_it_leaves_dense():
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
+    plan = sk.plan(model, torch.randn(2, 5, 32), sparsity=0.5)
+    names = [f"0.self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
+    assert list(plan.unplanned) == names
+    line = next(line for line in str(plan).splitlines() if line.startswith(names[0]))
+    assert line.startswith(f"{', '.join(names)}: not planned and left dense, because no cost")
+    assert plan.to_dict()["unplanned"] == plan.unplanned
+    sk.sparsify_(model, plan=plan)
+    assert not any("self_attn" in name for name in sk.sparse_layers(model))
+    alone = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(sk.ConfigError, match="0.v_proj, 0.out_proj: no cost is known"):
+        sk.plan(alone, torch.randn(2, 5, 8), sparsity=0.5)

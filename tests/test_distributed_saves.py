@@ -10,10 +10,11 @@ import pytest
 import torch
 from processes import DiedError, FailedError, failure, ranks
 from test_distributed import Run, part_of
-from test_distributed_sharded import ALL, Case, result
+from test_distributed_sharded import ALL, BOUND, Case, result
 from torch import nn
 
 from sparsekern import RigL, Static, save, sparse_layers, sparsify_
+from sparsekern.errors import ConfigError
 
 CASE = Case(block=4)
 
@@ -77,7 +78,7 @@ def test_a_run_on_two_ranks_goes_on_on_one_and_on_four():
         assert one["history"] == expected[0]["history"]
         for key in ("weights", "state"):
             for a, b in zip(one[key], expected[0][key], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(a, b, rtol=BOUND, atol=BOUND)
 
 
 # ---- what is refused, and mixed precision
@@ -212,6 +213,17 @@ def test_what_a_method_can_not_follow_is_refused_by_name(refused, case):
         assert isinstance(error, FailedError)
         assert error.kind == kind, error
         assert text in error.text
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_deepspeed_is_refused_by_name(inside):
+    """By the names of its classes: it is not installed."""
+    engine = type("DeepSpeedEngine", (nn.Sequential,), {"__module__": "deepspeed.runtime.engine"})
+    sgd = type("ZeroOptimizer", (torch.optim.SGD,), {"__module__": "deepspeed.runtime.zero"})
+    model = CASE.model()
+    kind = torch.optim.SGD if inside else sgd
+    with pytest.raises(ConfigError, match="DeepSpeed keeps its parameters in flat buffers"):
+        RigL(engine(model) if inside else model, kind(model.parameters(), lr=0.1), t_end=9)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from loops import METHODS, layers
 from processes import DiedError, FailedError, failure, ranks
 from support import UNIT_ROUNDOFF
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from sparsekern import sparse_layers, sparsify_
 
 STEPS = 9
+# sums over 16 samples and their micro-batches, in another order, at each step
+BOUND = 16 * STEPS * 64 * UNIT_ROUNDOFF[torch.float64]
 ALL = os.environ.get("SPARSEKERN_RANKS") == "all"
 WORLDS = (1, 2, 4) if ALL else (2,)
 
@@ -41,7 +44,7 @@ class Case:
         self.sparsity, self.impl = more.pop("sparsity", 0.6), more.pop("impl", None)
         self.parts, self.sync = more.pop("parts", 1), more.pop("sync", True)
         self.nested, self.reshard = more.pop("nested", True), more.pop("reshard", True)
-        self.clip = more.pop("clip", None)
+        self.clip, self.hybrid = more.pop("clip", None), more.pop("hybrid", False)
         self.options = more
 
     def model(self):
@@ -54,10 +57,11 @@ class Case:
     def cut(self, model):
         from torch.distributed.fsdp import fully_shard
 
+        mesh = hybrid_mesh() if self.hybrid else None
         wholes = [m for m in model.children() if any(True for _ in m.parameters())]
         for child in wholes if self.nested else ():
-            fully_shard(child, reshard_after_forward=self.reshard)
-        return fully_shard(model, reshard_after_forward=self.reshard)
+            fully_shard(child, mesh=mesh, reshard_after_forward=self.reshard)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=self.reshard)
 
     def train(self, model, rank=0, world=1):
         optimizer = self.optimizer(model)
@@ -83,6 +87,16 @@ class Case:
             model.set_requires_gradient_sync(part == self.parts - 1)
         x, target = (t.chunk(self.parts)[part].chunk(world)[rank] for t in batch(i))
         (F.cross_entropy(model(x), target) / self.parts).backward()
+
+
+def hybrid_mesh():
+    """HSDP: half of the ranks hold copies of what the others hold."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world = dist.get_world_size()
+    copies = 2 if world > 1 else 1
+    names = ("copies", "parts")
+    return init_device_mesh("cpu", (copies, world // copies), mesh_dim_names=names)
 
 
 def batch(i):
@@ -120,6 +134,8 @@ CASES = {
     "micro-batches": Case(parts=2),
     "micro-batches, one reduction": Case(parts=2, sync=False),
     "weight step first": Case(step_on_update=True),
+    "hybrid": Case(hybrid=True, block=4),
+    "hybrid set": Case(hybrid=True, method="set", parts=2, sync=False),
 }
 USUAL = (
     "rigl",
@@ -127,6 +143,7 @@ USUAL = (
     "fewer blocks than ranks",
     "gru",
     "micro-batches, one reduction",
+    "hybrid",
 )
 if not ALL:
     CASES = {name: CASES[name] for name in USUAL}
@@ -163,6 +180,4 @@ def test_sharded_layers_train_as_one_process_does(trained, name, world):
         assert found["history"] == expected["history"]
         for key in ("weights", "state"):
             for one, right in zip(found[key], expected[key], strict=True):
-                # sums over 16 samples and their micro-batches, in another order, at each step
-                bound = 16 * STEPS * 64 * UNIT_ROUNDOFF[torch.float64]
-                torch.testing.assert_close(one, right, rtol=bound, atol=bound)
+                torch.testing.assert_close(one, right, rtol=BOUND, atol=BOUND)

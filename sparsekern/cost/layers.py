@@ -221,6 +221,7 @@ class Model(NamedTuple):
     Attributes:
         layers: those that `sparsify_` would share its sparsity out to.
         depthwise: names of layers that a filter let through, but that have nothing to leave out.
+        unplanned: why weights that `sparsify_` would take are not looked at, by name.
         step_flops: of the products of a training step of the model as it is.
         parameters: bytes of its parameters.
         trained: bytes of those that a training step makes a gradient of.
@@ -229,6 +230,7 @@ class Model(NamedTuple):
 
     layers: tuple[Layer, ...]
     depthwise: tuple[str, ...]
+    unplanned: Mapping[str, str]
     step_flops: int
     parameters: int
     trained: int

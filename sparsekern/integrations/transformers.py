@@ -20,6 +20,7 @@ from sparsekern.checkpoint.layers import SavedLayer, fit, topology_at
 from sparsekern.errors import CheckpointError, ConfigError
 from sparsekern.nn import SparseLayer
 from sparsekern.nn.recurrent import SparseRecurrent
+from sparsekern.nn.sharded import is_sharded
 from sparsekern.swap import densify_, sparse_layers
 from sparsekern.topology import Topology
 from sparsekern.topology.blocks import Grid
@@ -106,7 +107,19 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
 
         One entry stands where a dense model has a weight, with no numbers in it: a process that
         does not know of sparse models raises over its shape instead of drawing weights at random.
+
+        Raises:
+            CheckpointError: ranks hold parts of the model. transformers asks on rank 0 alone, and
+                does not hand on what was gathered before.
         """
+        cut = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
+        if cut is not None:
+            raise CheckpointError(
+                f"{cut!r} is sharded over ranks, so save_pretrained can't write this sparse model: "
+                "save it with torch.distributed.checkpoint, or gather its state on all ranks by "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load "
+                "that into a model that is not sharded, and save that one"
+            )
         describe_(model)
         state: dict[str, Tensor] = dict(model.state_dict())
         guard = _guard(model)

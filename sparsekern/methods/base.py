@@ -327,15 +327,16 @@ class Method(Traced):
         if not self._ready_layers:
             self._watch(True)
             return False
-        return ranks.all_agree(self._are_finite, "look at its weights")
-
-    def _are_finite(self) -> bool:
-        held = {n: sharded.local(sharded.trained(m)) for n, m in self.updated_layers().items()}
-        broken = [name for name, values in held.items() if not bool(values.isfinite().all())]
+        copies = not (self._sharded() or self._out_of_inputs)
+        broken = ranks.not_finite(self._broken, copies)
         if broken:
             step = self.weight_steps
             log.warning("update at weight step %d not made: %s not finite", step, broken)
         return not broken
+
+    def _broken(self) -> list[str]:
+        held = {n: sharded.local(sharded.trained(m)) for n, m in self.updated_layers().items()}
+        return [name for name, values in held.items() if not bool(values.isfinite().all())]
 
     def _update(self) -> None:
         step, fraction = self.weight_steps, self.schedule.fraction(self.weight_steps)

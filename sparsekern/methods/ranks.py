@@ -198,13 +198,27 @@ def together(work: Callable[[], T], what: str) -> T:
     return done[0]
 
 
-def all_agree(ready: Callable[[], bool], what: str) -> bool:
-    """Whether all ranks say yes; each of them gets the same answer.
+def not_finite(find: Callable[[], list[str]], copies: bool) -> list[str]:
+    """Layers whose values are not finite on some rank; each rank gets the same answer.
+
+    Args:
+        find: names those on this rank, without collectives.
+        copies: all ranks hold the same values, so that they are to be finite everywhere or nowhere.
 
     Raises:
-        RankMismatchError: asking failed somewhere, as in `together`.
+        RankMismatchError: of copies, some are finite and some are not; or as in `together`.
     """
-    return all(gather(together(ready, what)))
+    everyone = gather(together(find, "look at its weights"))
+    found = list(dict.fromkeys(name for broken in everyone for name in broken))
+    for name in found if copies else ():
+        odd = _odd([name in broken for broken in everyone])
+        if odd is not None:
+            (rank, is_broken), (other, _) = odd
+            raise RankMismatchError(
+                f"layer {name!r} has other values on rank {rank} than on rank {other}: those of "
+                f"rank {rank if is_broken else other} are not finite"
+            )
+    return found
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from sparsekern.errors import ConfigError, DtypeError, ModelError, told
 from sparsekern.nn.kinds import SPARSE_TYPES, is_depthwise, weights_of
 from sparsekern.swap import Pattern, Target, candidates
 
+ATTENTION = "no cost is known of attention's projections: sparsify_ without a plan takes them"
+
 
 class _Step(NamedTuple):
     """What a training step did.
@@ -65,18 +67,20 @@ def examine(
         first_conv_stays=distribution == "uniform",
     )
     depthwise = {t.owner for t in targets if is_depthwise(t.module)}
-    # no cost is known of attention's projections, which get three inputs: they stay dense
-    attention = {t.owner for t in targets if isinstance(t.module, nn.MultiheadAttention)}
-    targets = [t for t in targets if t.owner not in depthwise | attention]
+    # projections that get three inputs
+    attention = {t.name: ATTENTION for t in targets if isinstance(t.module, nn.MultiheadAttention)}
+    targets = [t for t in targets if t.owner not in depthwise and t.name not in attention]
     if not targets:
         kinds = ", ".join(f"nn.{kind.__name__}" for kind in SPARSE_TYPES)
-        raise ConfigError(f"`model` has no layer that could be made sparse ({kinds})")
+        left = f"; {', '.join(attention)}: {ATTENTION}" if attention else ""
+        raise ConfigError(f"`model` has no layer that could be made sparse ({kinds}{left})")
     owners = list(dict.fromkeys(t.owner for t in targets))
     step = _step(model, examples, owners)
     parameters = list(model.parameters())
     return Model(
         tuple(_layer([t for t in targets if t.owner == owner], step) for owner in owners),
         tuple(sorted(depthwise)),
+        attention,
         step.flops,
         _bytes(parameters),
         _bytes(p for p in parameters if id(p) in step.trained),

@@ -158,6 +158,7 @@ class Plan:
         optimizer_states: numbers that the optimizer keeps for each weight.
         totals: of the model.
         filter_fn: as given.
+        unplanned: why weights that `sparsify_` could replace have no row and stay dense, by name.
     """
 
     rows: tuple[Row, ...]
@@ -168,6 +169,7 @@ class Plan:
     optimizer_states: int
     totals: Totals
     filter_fn: Callable[[nn.Module, str], bool] | None = field(default=None, repr=False)
+    unplanned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "optimizer_states": plan.optimizer_states,
         "totals": plan.totals._asdict(),
         "layers": [_row(row) for row in plan.rows],
+        "unplanned": dict(plan.unplanned),
         "arguments": arguments,
     }
 
@@ -145,6 +146,8 @@ def _notes(plan: Plan) -> list[str]:
         if row.why:
             start = "left dense, because " if row.block is None else ""
             by_reason.setdefault(start + row.why, []).append(row.name)
+    for name, why in plan.unplanned.items():
+        by_reason.setdefault(f"not planned and left dense, because {why}", []).append(name)
     every = f"all {len(plan.rows)} layers"
     return [
         *(

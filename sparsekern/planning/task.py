@@ -72,6 +72,7 @@ class Task:
             optimizer_states=self.optimizer_states,
             totals=self._totals(rows),
             filter_fn=self.filter_fn,
+            unplanned=self.model.unplanned,
         )
 
     def decide(self, times: Times) -> tuple[float, dict[str, Decision]]:

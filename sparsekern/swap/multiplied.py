@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
+import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,6 +18,8 @@ _FACTS = frozenset(("dtype", "device", "shape", "size", "ndim", "dim", "numel", 
 
 _QUIET = ("__init__", "reset", "init", "_init", "extra_repr", "tie_weights", "_tie")
 """Beginnings of names of methods that no forward pass calls."""
+
+_READ = re.compile(r"self\s*\.\s*\w+\s*\.\s*weight\b")
 
 _HARMLESS = ("isinstance", "hasattr", "getattr", "type")
 
@@ -43,14 +48,48 @@ def taken_weights(kind: type[nn.Module]) -> frozenset[str]:
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "sparsekern", "builtins"):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError, ValueError):
-            continue
-        for body in ast.walk(tree):
-            if isinstance(body, ast.FunctionDef) and not body.name.startswith(_QUIET):
-                names |= _taken(body)
+        for function in _functions(base):
+            if not function.name.startswith(_QUIET):
+                names |= _taken(function)
     return frozenset(names)
+
+
+def _functions(kind: type) -> Iterator[ast.FunctionDef]:
+    """What is defined in the source of a class, if it could read such a weight at all."""
+    found = _classes(kind.__module__)
+    if found is None:  # as in some notebooks
+        try:
+            found = {kind.__qualname__: [ast.parse(textwrap.dedent(inspect.getsource(kind)))]}
+        except (OSError, TypeError, SyntaxError, ValueError):
+            return
+    for node in found.get(kind.__qualname__, ()):
+        yield from (n for n in ast.walk(node) if isinstance(n, ast.FunctionDef))
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, list[ast.AST]] | None:
+    """The classes of a module by qualified name, none where no weight is read; None: no source.
+
+    `inspect` would read and parse the whole file anew for each of them.
+    """
+    try:
+        text = inspect.getsource(sys.modules[module])
+        tree = ast.parse(text if _READ.search(text) else "")
+    except (KeyError, OSError, TypeError, SyntaxError, ValueError):
+        return None
+    found: dict[str, list[ast.AST]] = {}
+    queue: list[tuple[str, ast.AST]] = [("", tree)]
+    while queue:
+        prefix, node = queue.pop()
+        for child in ast.iter_child_nodes(node):
+            inner = prefix
+            if isinstance(child, ast.ClassDef):
+                found.setdefault(prefix + child.name, []).append(child)
+                inner = f"{prefix}{child.name}."
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                inner = f"{prefix}{child.name}.<locals>."
+            queue.append((inner, child))
+    return found
 
 
 def _taken(function: ast.FunctionDef) -> set[str]:

@@ -155,14 +155,14 @@ class Pruning(Loop):
         return True
 
     def _ready(self) -> bool:
-        return ranks.all_agree(self._are_finite, "look at its weights")
-
-    def _are_finite(self) -> bool:
-        broken = [n for n, w in self.weights.items() if not bool(w.isfinite().all())]
+        broken = ranks.not_finite(self._broken, copies=True)
         if broken:
             step = self.weight_steps
             log.warning("update at weight step %d not made: %s not finite", step, broken)
         return not broken
+
+    def _broken(self) -> list[str]:
+        return [n for n, w in self.weights.items() if not bool(w.isfinite().all())]
 
     def _weights(self) -> Iterable[nn.Parameter]:
         return self.weights.values()

@@ -45,6 +45,8 @@ def _let_torchvision_import():
         torch.ops.load_library(str(folder / "_C.so"))
     except OSError:
         for name in ("nms", "qnms"):
+            if hasattr(torch.ops.torchvision, name):  # this module is imported under two names
+                continue
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return [library]
 

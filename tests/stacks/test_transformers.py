@@ -157,10 +157,27 @@ def test_what_stays_dense_is_named(name, part, why):
 def test_who_does_not_know_of_sparse_models_raises(tmp_path):
     model = sk.sparsify_(MODELS["llama"](), 0.8)
     model.save_pretrained(tmp_path)
-    code = f"import transformers as T; T.LlamaForCausalLM.from_pretrained({str(tmp_path)!r})"
+    load = f"T.LlamaForCausalLM.from_pretrained({str(tmp_path)!r})"
+    # torchvision may be built for another torch
+    code = f"import sys; sys.modules['torchvision'] = None; import transformers as T; {load}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "mismatch" in run.stderr
+
+
+def test_a_model_that_ranks_share_is_refused_by_name(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = sk.sparsify_(MODELS["llama"](), 0.8)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(sk.CheckpointError, match="is sharded over ranks, so save_pretrained"):
+            model.save_pretrained(tmp_path)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_transformers_imports_from_the_root_of_a_clone():
