@@ -118,7 +118,7 @@ def test_sparse_models_are_measured_as_they_are(build):
     a, b = (end["0.values"] for end in found.ends)
     middle[0].values.data.copy_(0.5 * a + 0.5 * b)
     middle[0].bias.data.copy_(model[0].bias)
-    assert found.path.losses[1] == float(middle(x).square().sum())
+    assert found.path.losses[1] == float(middle(x).detach().square().sum())
     other = sk.sparsify_(nn.Sequential(build(), nn.ReLU()), 0.5)
     with pytest.raises(ConfigError, match="other connections"):
         interpolate(model, model.state_dict(), other.state_dict(), lambda _: 0.0)
