@@ -130,9 +130,6 @@ def diagnose(
     if not callable(loss):
         raise DtypeError(f"`loss` must be a function of (output, target); got {loss!r}")
     twin = copied(model, batch[0], None)
-    for module in twin.model.modules():
-        if isinstance(module, SparseLayer):
-            module.observe(0)  # a method's capture is the original's
     layers = _layers(twin.model)
     seen: dict[str, _Seen] = {}
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
