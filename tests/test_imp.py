@@ -11,7 +11,7 @@ import sparsekern as sk
 from sparsekern import tickets
 from sparsekern.cost.uses import Use
 from sparsekern.errors import CheckpointError, ConfigError, DtypeError, TrainingLoopError
-from sparsekern.tickets.imp import pruned
+from sparsekern.tickets.imp import next_masks
 from sparsekern.tickets.rounds import break_evens, worth
 
 F64 = torch.float64
@@ -185,7 +185,7 @@ def test_counts_scopes_and_rates_of_their_own():
     keys = {"a": "a.weight", "b": "b.weight"}
 
     def counts(*arguments):
-        made = pruned(trained, masks, keys, *arguments)
+        made = next_masks(trained, masks, keys, *arguments)
         return [m.flatten().int().tolist() for m in made.values()]
 
     assert counts(0.5) == [[1, 1, 1, 1], [1, 0, 0, 0, 0, 0]]

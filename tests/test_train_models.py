@@ -159,8 +159,8 @@ def test_text_on_the_command_line(text_file, tmp_path, capsys):
     printed, log = capsys.readouterr()
     results = json.loads(out.read_text())
     static = report.rows(results)[1]
-    shown = f" {static.validation:.3f}  {static.test:.3f} ± {static.spread:.3f}"
-    assert re.search(rf"(?m)^static  .*{shown}", printed)
+    shown = f"{static.validation:.3f}  {static.test:.3f} ± {static.spread:.3f}"
+    assert re.search(rf"(?m)^static  +{shown}", printed)
     lines = printed.split("\n\n", 1)[1]
     assert max(map(len, lines.splitlines()[:-1])) <= 80
     text = " ".join(lines.split())

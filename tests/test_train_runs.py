@@ -68,6 +68,14 @@ def interrupt_in_the_middle(monkeypatch, number, run):
     monkeypatch.setattr(Progress, "step", step)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_interrupt():
+    """What a shell starts in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_is_interrupted_loses_its_run_alone(number, whole, tmp_path, capsys):
     path = tmp_path / "r.json"

@@ -116,7 +116,7 @@ def imp(
     return _tickets(plan, rounds, masks, after)
 
 
-def pruned(
+def next_masks(
     trained: State,
     masks: Masks,
     keys: Mapping[str, str],
@@ -164,7 +164,7 @@ def _tickets(plan: _Plan, rounds: int, ones: Masks, after: Ticket | None) -> Ite
         yield last
     while last.round < rounds:
         rates = plan.rate, plan.scope, plan.layer_rates
-        masks = pruned(last.trained, last.masks, plan.keys, *rates)
+        masks = next_masks(last.trained, last.masks, plan.keys, *rates)
         start = masked(last.rewound, masks, plan.keys)
         below = last.break_even
         if plan.sparse_below is not None:

@@ -51,36 +51,59 @@ def weights(
 
 
 def top(
-    scores: Mapping[str, Tensor], sparsity: float, scope: str | Mapping[str, float] = "global"
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str | Mapping[str, float] = "global",
+    *,
+    generator: torch.Generator | None = None,
 ) -> Masks:
-    """Masks of the largest scores; of equal ones the first stay. Counts are exact.
+    """Masks of the largest scores. Counts are exact.
 
     Args:
         scores: by weight.
         sparsity: of all weights together, in [0, 1).
         scope: "global": all scores are compared with one another. "layer": each weight has this
             sparsity. "er", "erk": shares by that distribution. Or the sparsity of each weight.
+        generator: chooses among equal scores; without it the first stay.
 
     Raises:
         ConfigError: an argument is out of its domain, or a score is NaN.
-        DtypeError: the scores are no mapping of floating-point tensors.
+        DtypeError: the scores are no mapping of floating-point tensors, or `generator` is no
+            torch.Generator.
     """
     check_sparsity(sparsity)
+    check_generator(generator)
     _check_scores(scores)
     if scope == "global":
-        return largest(scores, active_count(sum(s.numel() for s in scores.values()), sparsity))
+        count = active_count(sum(s.numel() for s in scores.values()), sparsity)
+        return largest(scores, count, generator)
     shares = _shares({name: s.shape for name, s in scores.items()}, sparsity, scope)
     return {
-        name: top_k_mask(s.detach().flatten(), active_count(s.numel(), shares[name])).view(s.shape)
+        name: _largest(s.detach().flatten(), active_count(s.numel(), shares[name]), generator).view(
+            s.shape
+        )
         for name, s in scores.items()
     }
 
 
-def largest(scores: Mapping[str, Tensor], count: int) -> Masks:
-    """Masks of the `count` largest scores of all; of equal ones the first stay."""
+def largest(
+    scores: Mapping[str, Tensor], count: int, generator: torch.Generator | None = None
+) -> Masks:
+    """Masks of the `count` largest scores of all; of equal ones the first, or by chance."""
     every = torch.cat([s.detach().flatten() for s in scores.values()])
-    parts = torch.split(top_k_mask(every, count), [s.numel() for s in scores.values()])
+    flat = _largest(every, count, generator)
+    parts = torch.split(flat, [s.numel() for s in scores.values()])
     return {n: part.view(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
+
+
+def _largest(scores: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
+    """Marks the k largest of (n,) scores; a generator breaks ties by chance."""
+    if generator is None:
+        return top_k_mask(scores, k)
+    order = torch.randperm(scores.numel(), generator=generator, device="cpu").to(scores.device)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    mask[order] = top_k_mask(scores[order], k)
+    return mask
 
 
 def block_masks(
