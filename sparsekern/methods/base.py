@@ -23,7 +23,7 @@ from sparsekern.errors import ConfigError, DtypeError, TopologyError
 from sparsekern.methods import progress, ranks
 from sparsekern.methods.agreement import facts
 from sparsekern.methods.arguments import Arguments
-from sparsekern.methods.attaching import as_optimizers, check_blocks, layers_to_train
+from sparsekern.methods.attaching import as_optimizers, check_blocks, layers_to_train, tell_idle
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
 from sparsekern.methods.joining import check_joinable, led
@@ -138,6 +138,7 @@ class Method(Traced):
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self.growth.optimizers = optimizers
         self._begin()
+        tell_idle(self, drop_fraction)
 
     def scheduled(
         self, t_end: int, freq: int, drop_fraction: float, first: int, decay: str
