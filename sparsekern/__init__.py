@@ -7,7 +7,10 @@ optimizer = torch.optim.AdamW(model.parameters())
 sk.RigL(model, optimizer, t_end=int(0.75 * steps))
 """
 
-from sparsekern import ops, tickets
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparsekern import methods, ops, tickets
 from sparsekern.checkpoint import SavedLayer, load, save
 from sparsekern.errors import (
     AverageError,
@@ -67,6 +70,9 @@ from sparsekern.swap import (
 from sparsekern.tickets import Pruning
 from sparsekern.topology import Topology
 
+if TYPE_CHECKING:
+    from sparsekern.study import diagnose
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -117,7 +123,9 @@ __all__ = [
     "UnavailableError",
     "WeightError",
     "densify_",
+    "diagnose",
     "load",
+    "methods",
     "ops",
     "plan",
     "profile",
@@ -128,3 +136,10 @@ __all__ = [
     "tickets",
     "topology_facts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is loaded when it is first used."""
+    if name == "diagnose":
+        return import_module("sparsekern.study").diagnose
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

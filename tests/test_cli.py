@@ -227,6 +227,7 @@ BAD_LINES = {
     "second-sparsity": (["--sparsity", "0.9", "1"], ["`sparsity`", "[0, 1)", "1.0"]),
     "several-lr": (["--lr", "0.1", "0.2", "--validation", "0"], ["`lr`", "validation"]),
     "resume": (["--resume"], ["`resume`", "`json`"]),
+    "block": (["--block", "300"], ["hidden1: a block of (300, 300) is larger", "hidden2"]),
     "jobs": (["--jobs", "0"], ["`jobs`", "0"]),
 }
 
@@ -249,6 +250,7 @@ TYPOS = {
     "block": (["--block", "16*16"], ["--block", "16x32", "'16*16'"]),
     "hidden": (["--hidden", "a"], ["--hidden", "300,100", "'a'"]),
     "seeds": (["--seeds", "two"], ["--seeds", "'two'"]),
+    "option": (["--epochz", "3"], ["sparsekern train: error", "did you mean --epochs?"]),
 }
 
 

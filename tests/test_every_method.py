@@ -6,6 +6,7 @@ the same bits.
 
 import copy
 import io
+import logging
 
 import pytest
 import torch
@@ -309,6 +310,20 @@ def test_arguments_out_of_their_domain_are_refused_before_anything_is_attached(n
         assert "sparsekern" not in optimizer.param_groups[0]
         backward(model, batch(0))
         optimizer.step()
+
+
+@every_method
+def test_too_few_blocks_to_drop_any_are_told(name, caplog):
+    model = sk.sparsify_(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), 0.5, block=16)
+    own = {"sparsity": FINAL} if hasattr(METHODS[name], "initial_sparsity") else {}
+    with caplog.at_level(logging.WARNING, "sparsekern"):
+        METHODS[name](model, sgd(model), t_end=T_END, **own).detach()
+    # methods whose own share is a half find a block of two
+    idle = name not in ("static", "snfs", "granet")
+    assert ("change nothing: a share of 0.3 is less than one block" in caplog.text) == idle
+    caplog.clear()
+    METHODS[name](model, sgd(model), t_end=T_END, drop_fraction=0.5, **own)
+    assert "change nothing" not in caplog.text
 
 
 # ---- optimizers of which some miss rounds

@@ -22,11 +22,12 @@ FLOORS = [
     ("sparsekern.carry", "sparsekern.counters", "sparsekern.distribution"),
     ("sparsekern.swap",),
     ("sparsekern.methods",),
-    ("sparsekern.tickets",),
     ("sparsekern.checkpoint",),
     ("sparsekern.cost",),
+    ("sparsekern.tickets",),
     ("sparsekern.profiling", "sparsekern.planning"),
     ("sparsekern.models", "sparsekern.training", "sparsekern.tuning"),
+    ("sparsekern.study",),
     ("sparsekern.integrations", "sparsekern.compat"),
     ("sparsekern.cli",),
     ("sparsekern.__main__",),
@@ -125,7 +126,7 @@ after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabl
 assert before == after
 import sys
 assert "numba" not in sys.modules
-upper = ("cli", "compat", "integrations", "models", "training", "tuning")
+upper = ("cli", "compat", "integrations", "models", "study", "training", "tuning")
 loaded = [n for n in sys.modules if n.startswith("sparsekern.") and n.split(".")[1] in upper]
 assert not loaded, loaded
 assert not any(name.startswith("sparsekern.kernels") for name in sys.modules)

@@ -190,6 +190,11 @@ def bad(name, value):
             r"must be torch.bool of shape \(77,\); got torch.float32 of shape \(77,\)",
         ),
         (
+            bad("drop_scores", lambda _n, _l: torch.ones(3)),
+            ShapeError,
+            r"`drop_scores` of layer '0' must be of shape \(77,\); got .* shape \(3,\)",
+        ),
+        (
             bad("grown_positions", lambda _n, _l, _k, n: torch.arange(n + 1)),
             ShapeError,
             r"`grown_positions` of layer '0' must be torch.int64 of shape \(23,\); got",

@@ -275,3 +275,31 @@ def test_pictures_without_matplotlib(monkeypatch, tmp_path):
         gallery.draw(of(run("rigl")), tmp_path)
     with pytest.raises(UnavailableError):
         gallery.draw(of(run("rigl")), tmp_path, ["cost"])
+
+
+def test_settings_that_no_run_has_are_refused():
+    whole = of(*grid(), *grid(("static", "rigl"), sparsity=0.98))
+    for setting in ({"sparsity": 0.95}, {"block": (16, 16)}):
+        with pytest.raises(ConfigError, match="there are sparsity 0.9, 0.98, block 1x1, mult"):
+            runs.chosen(whole, **setting)
+    assert {cell.method for cell in runs.chosen(whole, methods=["dense"]).groups} == {"dense"}
+
+
+def test_a_title_stays_inside_a_narrow_picture():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    made = style.figure(4.7, 3.0, "Layers over topology updates: " + "fully connected 300-100 " * 3)
+    made.subplots()
+    canvas = FigureCanvasAgg(made)
+    canvas.draw()
+    box = made._suptitle.get_window_extent(canvas.get_renderer())
+    assert box.x0 >= 0
+    assert box.x1 <= made.bbox.width
+
+
+def test_layers_of_a_single_update_are_points():
+    one = run("rigl")
+    one["updates"] = one["updates"][:1]
+    lines = [line for axes in layers.draw_layers(of(one)).axes for line in axes.lines]
+    assert lines
+    assert all(line.get_marker() == "o" for line in lines)

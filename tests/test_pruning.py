@@ -268,3 +268,13 @@ def test_bad_input_is_refused_before_anything_changes():
         sk.Pruning(net(), optimizer, **good)
     assert "sparsekern" not in optimizer.param_groups[0]
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_it_shows_how_far_it_is():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = sk.Pruning(model, optimizer, 0.5, t_end=0.6, total_steps=100, update_freq=20)
+    step(model, optimizer, 0)
+    assert repr(method).endswith(
+        "sparsity=0.5, t_end=60, update_freq=20, weight_steps=1, updates=1)"
+    )

@@ -183,6 +183,7 @@ def test_bad_input_is_refused():
         (lambda: tickets.top({}, 0.5), DtypeError, "scores"),
         (lambda: tickets.top(scores, 0.5, {"0": 0.5}), ConfigError, "scope"),
         (lambda: tickets.snip(model, [], ce), ConfigError, "batches"),
+        (lambda: tickets.snip(model, (x, y), ce), ConfigError, r"\[\(x, y\)\]; got .*Tensor"),
         (lambda: tickets.snip(model, [(x, y)], lambda a, _: a), ConfigError, "scalar"),
         (lambda: tickets.snip(model, [(x * torch.inf, y)], ce), ConfigError, "finite"),
         (lambda: tickets.grasp(model, [(x, y)], ce, temperature=0), ConfigError, "temperature"),

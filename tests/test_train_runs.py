@@ -362,6 +362,16 @@ def with_times(content):
     return content
 
 
+def test_the_time_that_is_left_leaves_out_how_long_processes_took_to_start(monkeypatch, capsys):
+    clock = iter([0, 40, 40, 40, 40, 41, 41])
+    monkeypatch.setattr("sparsekern.show.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(10, 2)  # 0
+    progress.begin("a")
+    progress.step(1)  # 40: the first step, after which nothing is known yet
+    progress.end("good")  # 9 steps in a second, 10 are left
+    assert "41 s so far, about 1 s left" in capsys.readouterr().err
+
+
 def test_spans_are_read_by_people():
     assert [span(s) for s in (3.4, 99, 100, 5900, 11_100)] == [
         *("3 s", "99 s", "2 min", "98 min", "3 h 05 min"),

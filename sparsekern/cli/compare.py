@@ -72,8 +72,8 @@ def _sources(contents: Mapping[Path, Mapping[str, Any]]) -> list[str]:
     lines = []
     for i, (path, content) in enumerate(contents.items(), 1):
         differences = [
-            f"{name} {content[part].get(name)}"
-            for part in ("task", "dense")
+            f"{what}{name} {content[part].get(name)}"
+            for part, what in (("task", ""), ("dense", "FLOPs of dense "))
             for name in differing(first[part], content[part])
         ]
         text = f"; {', '.join(differences)}" if differences else ""

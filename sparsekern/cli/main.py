@@ -9,6 +9,8 @@ measures launch configurations on the present GPU.
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -59,11 +61,25 @@ class _Version(argparse.Action):
         top.exit()
 
 
+class _Command(argparse.ArgumentParser):
+    """A command that refuses unknown options itself: argparse would show no command's usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and exit if something is left over."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = re.findall(r"--[a-z][a-z-]*", self.format_usage())
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return known, unknown
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser."""
     top = argparse.ArgumentParser(prog="sparsekern", description=sparsekern.__doc__.split("\n")[0])
     top.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
-    commands = top.add_subparsers(required=True, metavar="command")
+    commands = top.add_subparsers(required=True, metavar="command", parser_class=_Command)
     for command in (train, compare, picture, plan, profile, tune):
         command.add_parser(commands)
     return top

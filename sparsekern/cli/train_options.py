@@ -147,9 +147,14 @@ def _preset(field: str) -> str:
     shown = {
         name: " ".join(map(str, v)) if field == "methods" else show(v) for name, v in values.items()
     }
-    if len(set(shown.values())) == 1:
+    data: dict[str, list[str]] = {}
+    for name, value in shown.items():
+        data.setdefault(value, []).append(name)
+    if len(data) == 1:
         return f"default: {shown[DATASETS[0]]}"
-    return "default: " + ", ".join(f"{value} for {name}" for name, value in shown.items())
+    most = max(data, key=lambda value: len(data[value]))
+    others = [f"{v} for {' and '.join(names)}" for v, names in data.items() if v != most]
+    return f"default: {most}; {', '.join(others)}"
 
 
 def show(value: object) -> str:

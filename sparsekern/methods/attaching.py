@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,8 +13,14 @@ from sparsekern.carry.optimizer_state import check_followable, check_state
 from sparsekern.carry.parallel import check_parallel, check_sharding
 from sparsekern.carry.wrappers import check_holds, check_steps, unwrapped
 from sparsekern.errors import ConfigError, DtypeError
+from sparsekern.methods.source import Source
 from sparsekern.nn import SparseLayer, sharded
 from sparsekern.swap import sparse_layers
+
+if TYPE_CHECKING:
+    from sparsekern.methods.base import Method
+
+log = logging.getLogger(__name__)
 
 
 def as_optimizers(given: object) -> tuple[torch.optim.Optimizer, ...]:
@@ -69,4 +77,20 @@ def check_blocks(layers: Mapping[str, SparseLayer]) -> None:
         raise ConfigError(
             "a method that moves blocks from layer to layer needs one block size for all of them; "
             f"got {blocks}"
+        )
+
+
+def tell_idle(method: Method, fraction: float) -> None:
+    """Warn if the first update, the largest, would change nothing: that is no dynamic training."""
+    layers = method.trained_layers()
+    known = not any(layer._blank or layer.col.is_meta for layer in layers.values())
+    if method.source is Source or not layers or not known:
+        return
+    if not any(method.most_grown(name, layer, fraction) for name, layer in layers.items()):
+        log.warning(
+            "updates of %s change nothing: a share of %g is less than one block in each layer (%s "
+            "active blocks); take smaller blocks, a lower sparsity or a larger `drop_fraction`",
+            type(method).__name__,
+            fraction,
+            ", ".join(str(layer.topology.nnzb) for layer in layers.values()),
         )

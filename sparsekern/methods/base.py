@@ -23,7 +23,7 @@ from sparsekern.errors import ConfigError, DtypeError, TopologyError
 from sparsekern.methods import progress, ranks
 from sparsekern.methods.agreement import facts
 from sparsekern.methods.arguments import Arguments
-from sparsekern.methods.attaching import as_optimizers, check_blocks, layers_to_train
+from sparsekern.methods.attaching import as_optimizers, check_blocks, layers_to_train, tell_idle
 from sparsekern.methods.budget import Budget, check_exact, same
 from sparsekern.methods.change import Decision, LayerChange, UpdateRecord, change
 from sparsekern.methods.joining import check_joinable, led
@@ -138,6 +138,7 @@ class Method(Traced):
         self.growth = self.source(self.layers, norm, grad_accumulation)
         self.growth.optimizers = optimizers
         self._begin()
+        tell_idle(self, drop_fraction)
 
     def scheduled(
         self, t_end: int, freq: int, drop_fraction: float, first: int, decay: str
@@ -179,9 +180,8 @@ class Method(Traced):
 
     def survivors(self, name: str, layer: SparseLayer, fraction: float) -> Tensor:
         """Mark the active blocks that stay, (nnzb,) bool; the schedule asks for `fraction` less."""
-        return drop_smallest(
-            self.drop_scores(name, layer), drop_count(layer.topology.nnzb, fraction)
-        )
+        scores = expect("drop_scores", name, self.drop_scores(name, layer), (layer.topology.nnzb,))
+        return drop_smallest(scores, drop_count(layer.topology.nnzb, fraction))
 
     def most_grown(self, name: str, layer: SparseLayer, fraction: float) -> int:  # noqa: ARG002
         """How many blocks may grow in a layer at most, told to the source before the batch.

@@ -34,6 +34,7 @@ class Progress:
         self._lengths: dict[str, int] = {}  # of those that go on
         self._done: dict[str, int] = {}
         self._began = self._said = time.monotonic()
+        self._moving: tuple[float, int] | None = None
         self._bar = None if quiet or not sys.stderr.isatty() else _bar(self.total)
 
     def __enter__(self) -> Self:
@@ -60,6 +61,8 @@ class Progress:
         """`done` steps of the run have been taken."""
         label = self.label if label is None else label
         self._done[label] = done
+        if self._moving is None:  # what is left is told from here on: processes took time to start
+            self._moving = (time.monotonic(), self._so_far())
         if self._bar is not None:
             self._bar.update(self._so_far() - self._bar.n)
         elif time.monotonic() - self._said >= LINE_SECONDS:
@@ -88,11 +91,13 @@ class Progress:
             sys.stderr.flush()
 
     def _times(self) -> str:
-        elapsed, done = time.monotonic() - self._began, self._so_far()
-        left = elapsed / done * (self.total - done) if done else None
-        if left is None or self.ended == self.runs:
-            return f"{span(elapsed)} so far"
-        return f"{span(elapsed)} so far, about {span(left)} left"
+        now, done = time.monotonic(), self._so_far()
+        since, before = self._moving or (self._began, 0)
+        so_far = f"{span(now - self._began)} so far"
+        if done == before or self.ended == self.runs:
+            return so_far
+        left = (now - since) / (done - before) * (self.total - done)
+        return f"{so_far}, about {span(left)} left"
 
 
 def span(seconds: float) -> str:

@@ -192,7 +192,10 @@ def _twin(
 def _listed(batches: Batches) -> list[tuple[Tensor, Tensor]]:
     pairs = list(batches)
     if not pairs or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
-        raise ConfigError("`batches` must hold at least one pair (input, target)")
+        raise ConfigError(
+            "`batches` must hold at least one pair (input, target), as in [(x, y)]; got "
+            f"{[type(pair).__name__ for pair in pairs[:2]]}"
+        )
     return pairs
 
 

@@ -75,10 +75,8 @@ def top(
     check_generator(generator)
     _check_scores(scores)
     if scope == "global":
-        every = torch.cat([s.detach().flatten() for s in scores.values()])
-        flat = _largest(every, active_count(every.numel(), sparsity), generator)
-        parts = torch.split(flat, [s.numel() for s in scores.values()])
-        return {n: part.view(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
+        count = active_count(sum(s.numel() for s in scores.values()), sparsity)
+        return largest(scores, count, generator)
     shares = _shares({name: s.shape for name, s in scores.items()}, sparsity, scope)
     return {
         name: _largest(s.detach().flatten(), active_count(s.numel(), shares[name]), generator).view(
@@ -86,6 +84,16 @@ def top(
         )
         for name, s in scores.items()
     }
+
+
+def largest(
+    scores: Mapping[str, Tensor], count: int, generator: torch.Generator | None = None
+) -> Masks:
+    """Masks of the `count` largest scores of all; of equal ones the first, or by chance."""
+    every = torch.cat([s.detach().flatten() for s in scores.values()])
+    flat = _largest(every, count, generator)
+    parts = torch.split(flat, [s.numel() for s in scores.values()])
+    return {n: part.view(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
 
 
 def _largest(scores: Tensor, k: int, generator: torch.Generator | None) -> Tensor:

@@ -128,6 +128,14 @@ class Pruning(Loop):
         """Whether the last update has been made."""
         return self.last_update is not None and self.last_update >= self.schedule.t_end
 
+    def __repr__(self) -> str:
+        s = self.schedule
+        return (
+            f"{type(self).__name__}(layers={len(self.weights)}, sparsity={s.sparsity}, "
+            f"t_end={s.t_end}, update_freq={s.freq}, weight_steps={self.weight_steps}, "
+            f"updates={len(self.history)})"
+        )
+
     def finish(self) -> nn.Module:
         """Turn the pruned layers into sparse ones now, with their values and optimizer state.
 

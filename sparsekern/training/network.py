@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import ConfigError
-from sparsekern.swap import sparse_layers, sparsify_
+from sparsekern.swap import sparse_layers, sparsify_, summary
 from sparsekern.training import zoo
 from sparsekern.training.config import DENSE, TrainConfig
 from sparsekern.training.data import CLASSES, Dataset, Images
@@ -116,9 +116,10 @@ def make_sparse(
     generator = torch.Generator().manual_seed(seed)
     sparsify_(model, block=config.block, impl=config.impl, generator=generator, **how)
     if not sparse_layers(model):
+        why = "; ".join(f"{name}: {reason}" for name, reason in summary(model).dense.items())
         raise ConfigError(
             f"`sparsity` must leave a hidden layer sparse; {config.sparsity} distributed by "
-            f"{config.distribution!r} makes them all dense"
+            f"{config.distribution!r} in blocks of {config.block} makes them all dense ({why})"
         )
     return model
 

@@ -1,6 +1,7 @@
 """How a run by name is prepared: its network, what is attached to it, and what it starts from.
 
-A name is one of `RECIPES`, one of `sparsekern.METHODS`, or MODULE:CLASS for a method of your own.
+A name is one of `RECIPES`, one of `sparsekern.methods.METHODS`, or MODULE:CLASS for a method of
+your own.
 What a method does and costs is asked of the method itself.
 """
 

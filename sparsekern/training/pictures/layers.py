@@ -81,7 +81,8 @@ def _lines(axes: Any, run: Run, names: list[str], of: Fact) -> None:
         if points:
             steps, values = zip(*points, strict=True)
             style = {"color": _color(i, len(names)), "linestyle": _DASHES[i % len(_DASHES)]}
-            axes.plot(steps, values, label=name, linewidth=1.8, **style)
+            marker = "o" if len(steps) == 1 else ""  # a line of one point is invisible
+            axes.plot(steps, values, label=name, linewidth=1.8, marker=marker, **style)
 
 
 def _points(run: Run, name: str, of: Fact) -> list[tuple[int, float]]:

@@ -249,10 +249,24 @@ def chosen(
         )
 
     groups = {cell: group for cell, group in runs.groups.items() if fits(cell)}
-    if not groups:
+    wanted = sparsity is not None or block is not None
+    if not groups or (wanted and all(cell.method == DENSE for cell in groups)):
         lost = f"; left out: {', '.join(runs.failed)}" if runs.failed else ""
-        raise ConfigError(f"no run that learned is left to draw of {len(runs.groups)}{lost}")
+        raise ConfigError(
+            f"no run that learned is left to draw of {len(runs.groups)}{_settings(runs)}{lost}"
+        )
     return runs._replace(groups=groups)
+
+
+def _settings(runs: Runs) -> str:
+    """What the options can choose among, in words."""
+    cells = [cell for cell in runs.groups if cell.method != DENSE]
+    if not cells:
+        return ""
+    sparsities = ", ".join(f"{s:g}" for s in sorted({cell.sparsity for cell in cells}))
+    blocks = ", ".join(f"{h}x{w}" for h, w in sorted({cell.block for cell in cells}))
+    lengths = ", ".join(f"{x:g}" for x in sorted({cell.multiplier for cell in cells}))
+    return f"; there are sparsity {sparsities}, block {blocks}, multiplier {lengths}"
 
 
 def one_setting(runs: Runs) -> tuple[Runs, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from sparsekern.training.data import DEMO_EXTRA
 from sparsekern.training.pictures.runs import Cell
 
 INK, FAINT = "0.15", "0.55"
+TITLE_LETTERS, BELOW_LETTERS = 9.5, 14.0
+"""An inch has room for so many, in the two sizes."""
 CONTROLS = ("-shuffled", "-fresh")
 
 
@@ -198,9 +201,10 @@ def figure(width: float, height: float, title: str, below: str = "") -> Any:
     from matplotlib.figure import Figure  # noqa: PLC0415  an optional extra
 
     made = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    made.suptitle(title, fontsize=12, color=INK)
+    made.suptitle(textwrap.fill(title, int(TITLE_LETTERS * width)), fontsize=12, color=INK)
     if below:
-        made.supxlabel(below, fontsize=8, color="0.4")
+        folded = textwrap.fill(below, int(BELOW_LETTERS * width))
+        made.supxlabel(folded, fontsize=8, color="0.4")
     return made
 
 
