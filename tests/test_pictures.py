@@ -102,7 +102,8 @@ def test_layers_over_updates(named):
     wanted = {
         "median fan-in": [6, 5, 4],
         "largest fan-in": [9, 10, 11],
-        "live neurons, share": [1, 11 / 12, 10 / 12],
+        "live outputs, share": [1, 11 / 12, 10 / 12],
+        "live inputs, share": [20 / 30] * 3,
     }
     if named:  # the number of weights is in newer files alone
         wanted["density"] = [70 / 360, 69 / 360, 68 / 360]

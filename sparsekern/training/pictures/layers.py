@@ -104,15 +104,17 @@ def _density(facts: Mapping[str, int], layer: Layer) -> float | None:
     return facts["nnz"] / (layer.shape[0] * layer.shape[1]) if "nnz" in facts else None
 
 
-def _live(facts: Mapping[str, int], _: Layer) -> float | None:
-    if "live_outputs" not in facts or not facts.get("outputs"):
-        return None
-    return facts["live_outputs"] / facts["outputs"]
+def _live(which: str) -> Fact:
+    def share(facts: Mapping[str, int], _: Layer) -> float | None:
+        return facts[f"live_{which}"] / facts[which] if facts.get(which) else None
+
+    return share
 
 
 _ROWS: tuple[tuple[str, Fact, bool], ...] = (
     ("density", _density, True),
     ("median fan-in", lambda facts, _: facts.get("fan_in_median"), False),
     ("largest fan-in", lambda facts, _: facts.get("fan_in_max"), True),
-    ("live neurons, share", _live, False),
+    ("live outputs, share", _live("outputs"), False),
+    ("live inputs, share", _live("inputs"), False),  # neurons of the layer before that are read
 )
