@@ -212,6 +212,22 @@ def test_dsr_follows_its_threshold():
     assert len(method.history) >= 6
 
 
+def test_dsr_keeps_the_thresholds_of_updates_that_a_layer_was_frozen_in():
+    model = net("dsr")
+    optimizer = sgd(model, lr=2.0**-12)
+    method = attach("dsr", model, optimizer, initial_threshold=0.5, update_freq=1, t_end=40)
+    known = []
+    for i in range(40):
+        model[4].values.requires_grad_(i % 3 != 1)
+        train(model, optimizer, [i])
+        known.append((len(method.history), method.threshold))
+    history = method.history
+    assert len(history) > 20
+    for updates, threshold in known:
+        method.history = history[:updates]
+        assert method.threshold == threshold
+
+
 # ---- momentum
 
 FAMILIES = {

@@ -31,6 +31,7 @@ class LayerChange(NamedTuple):
             is not known.
         explored: share of all places that were active until now, those just grown included; None
             unless the method was made with `exploration=True`.
+        blocks: active after it; None in histories of before they were kept.
     """
 
     dropped: int
@@ -38,6 +39,7 @@ class LayerChange(NamedTuple):
     facts: TopologyFacts | None = None
     overlap: float | None = None
     explored: float | None = None
+    blocks: int | None = None
 
 
 class UpdateRecord(NamedTuple):
@@ -114,8 +116,9 @@ def _described(
         now = traced(trace, layers, new)
         changes = {}
         for (name, decision), facts in zip(decisions.items(), facts_of(new.values()), strict=True):
-            shares = overlap(now, name, new[name]), explored(now, name, new[name])
-            changes[name] = LayerChange(decision.dropped, decision.update.grown, facts, *shares)
+            topology, counts = new[name], (decision.dropped, decision.update.grown)
+            shares = overlap(now, name, topology), explored(now, name, topology)
+            changes[name] = LayerChange(*counts, facts, *shares, topology.nnzb)
         return changes, now
 
 

@@ -67,7 +67,11 @@ class DSR(Method):
         """Of the next update; it follows from the history, so a resume has it."""
         threshold = self.initial_threshold
         for record in self.history:
-            active = sum(self.layers[name].topology.nnzb for name in record.layers)
+            # an update keeps their sum; layers that were frozen then may have changed since
+            active = sum(
+                self.layers[name].topology.nnzb if change.blocks is None else change.blocks
+                for name, change in record.layers.items()
+            )
             asked = drop_count(active, record.fraction)
             dropped = sum(change.dropped for change in record.layers.values())
             threshold *= 0.5 if dropped > 1.1 * asked else 2.0 if dropped < 0.9 * asked else 1.0

@@ -172,14 +172,15 @@ def _change(
     facts: Any = None,
     overlap: object = None,
     explored: object = None,
+    blocks: object = None,
 ) -> LayerChange | None:
     figures = None if facts is None else TopologyFacts(*facts)
     shares = [share for share in (overlap, explored) if share is not None]
-    counts = [n for n in figures or () if n is not None]  # the last is new
+    counts = [n for n in (blocks, *(figures or ())) if n is not None]  # newer ones
     good = all(map(_is_count, (dropped, grown, *counts)))
     if not (good and all(isinstance(s, int | float) and 0 <= s <= 1 for s in shares)):
         return None
-    return LayerChange(dropped, grown, figures, overlap, explored)  # type: ignore[arg-type]
+    return LayerChange(dropped, grown, figures, overlap, explored, blocks)  # type: ignore[arg-type]
 
 
 def _is_name(value: object) -> bool:
