@@ -80,5 +80,7 @@ def test_the_optimizer_is_told_of_a_step_whose_update_is_interrupted():
     run = Run(method="set")
     broken_off(run)
     state = run.method.state_dict()
-    state.pop("history")
+    # the short form that stands there between saves has neither
+    for name in ("history", "trace"):
+        state.pop(name)
     assert run.optimizer.param_groups[0]["sparsekern"] == state
