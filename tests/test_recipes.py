@@ -146,6 +146,10 @@ def test_every_method_trains_by_its_name_and_is_asked_for_its_cost(digits, name)
     f_s, steps, spent = result.flops.inference, result.weight_steps, result.update_batches
     assert steps == 24
     assert result.curve[-1].training_flops == result.flops.training
+    # a dense average in float32; of the weights apart, a value and an int64 place
+    apart = sum(n - max(1, round(n / 2)) for n in start)
+    kept = {"snfs": 4 * HIDDEN, "top-kast": (4 + 8) * apart}
+    assert result.held.method == kept.get(name, 0)
     if hasattr(METHODS[name], "initial_sparsity"):
         assert start == [HIDDEN // 2]
         assert f_s == SPARSE_F

@@ -21,12 +21,14 @@ class HeldBytes:
         gradients: of the parameters.
         optimizer: its state.
         index: which connections exist.
+        method: what a sparse training method keeps besides, like a running average of gradients.
     """
 
     weights: int
     gradients: int
     optimizer: int
     index: int
+    method: int = 0
 
     @property
     def trained(self) -> int:
@@ -35,12 +37,18 @@ class HeldBytes:
 
     @property
     def total(self) -> int:
-        """Index arrays included."""
-        return self.trained + self.index
+        """Index arrays, and what a method keeps, included."""
+        return self.trained + self.index + self.method
 
 
-def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
-    """Sum the tensors that exist now; call it after a step, while the gradients are there."""
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, method: int = 0) -> HeldBytes:
+    """Sum the tensors that exist now; call it after a step, while the gradients are there.
+
+    Args:
+        model: whose parameters and buffers count.
+        optimizer: whose state counts.
+        method: bytes that a method keeps besides: `method.growth.bytes()`.
+    """
     parameters = list(model.parameters())
     index = {b for m in model.modules() if isinstance(m, SparseLayer) for b in m.buffers()}
     state = tree_leaves([dict(optimizer.state.get(p, {})) for p in parameters])
@@ -49,6 +57,7 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
         gradients=tensor_bytes(p.grad for p in parameters if p.grad is not None),
         optimizer=tensor_bytes(entry for entry in state if isinstance(entry, Tensor)),
         index=tensor_bytes(index),
+        method=method,
     )
 
 

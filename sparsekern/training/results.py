@@ -39,7 +39,8 @@ A RUN that is done:
                "inference_ratio": 0.0244, "training_ratio": 0.031},   to "dense" above
      "dense_at": "updates",             when dense gradients were computed: "never", "updates" or
                                         "steps"; older files lack it
-     "held": {"weights": B, "gradients": B, "optimizer": B, "index": B},     bytes after the run
+     "held": {"weights": B, "gradients": B, "optimizer": B, "index": B,     bytes after the run
+              "method": B},             what a method keeps besides; older files lack it
      "weight_steps": 5400, "update_batches": 41,
      "seconds": 21.0,                   of training: no evaluation, no counting
      "step_seconds": 0.0039,            the same for each batch, updates included

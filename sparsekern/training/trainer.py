@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sparsekern.cost.held import held_bytes
 from sparsekern.cost.timing import synchronize
 from sparsekern.errors import ConfigError, TrainingLoopError
+from sparsekern.methods import Method
 from sparsekern.swap import sparse_layers
 from sparsekern.training import recipes
 from sparsekern.training.config import TrainConfig
@@ -122,7 +123,8 @@ class Trainer:
             torch.manual_seed(self.seed)
             course = _Course(self, meter)
             course.run(on_step)
-        held, last = held_bytes(self.model, self.optimizer), self.score()
+        kept = self.method.growth.bytes() if isinstance(self.method, Method) else 0
+        held, last = held_bytes(self.model, self.optimizer, kept), self.score()
         after = first_layer_connections(self.model, self.data)
         updates = [update.seconds for update in course.updates]
         return RunResult(
