@@ -119,6 +119,18 @@ def test_what_is_killed_goes_on_side_by_side_to_the_same_bits(whole, tmp_path):
     assert bits(path) == whole
 
 
+def test_a_resume_says_what_earlier_runs_lack(tmp_path, capsys):
+    path, nets = tmp_path / "r.json", tmp_path / "nets"
+    line = [*LINE, "--method", "static", "--seeds", "1", "--json", str(path), "--resume"]
+    assert main(line) == 0
+    assert main([*line, "--save", str(nets), "--frames"]) == 0
+    err = capsys.readouterr().err
+    assert "2 runs that were done before have no saved network" in err
+    assert "2 runs that were done before have no frames" in err
+    assert main(line) == 0
+    assert "done before" not in capsys.readouterr().err
+
+
 def group_lives(group):
     try:
         os.killpg(group, 0)

@@ -26,7 +26,7 @@ from sparsekern.training.network import first_layer_connections
 from sparsekern.training.outcome import Connections
 from sparsekern.training.pictures import connections, style
 from sparsekern.training.results import DONE, ResultFile, heading
-from sparsekern.training.runs import Task, in_turn, side_by_side
+from sparsekern.training.runs import Task, file_name, in_turn, side_by_side
 from sparsekern.training.trainer import Trainer, epoch_steps
 
 LISTED_LAYERS = 6
@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = ResultFile(arguments.json, head, grid.specs(), resume=arguments.resume)
     task = task._replace(dense=head["dense"])
     sys.stdout.write(facts + "\n")
+    _tell_lacking(task, file)
     with _termination():
         whole = _run_all(task, data, file, arguments.jobs, quiet=arguments.quiet)
     problem = _write_last(file)
@@ -97,6 +98,22 @@ def run(arguments: argparse.Namespace) -> int:
     again = "; the same line with --resume goes on" if arguments.json else ""
     sys.stderr.write(f"sparsekern: interrupted: {left}{again}\n")
     return INTERRUPTED
+
+
+def _tell_lacking(task: Task, file: ResultFile) -> None:
+    """Say that runs of before are not run again for what is asked for besides now."""
+    done = {Spec.of_json(run): run for run in file.asked()["runs"] if run["state"] == DONE}
+    saved = [] if task.save is None else [task.save / file_name(spec) for spec in done]
+    lacking = {
+        "saved network": [path for path in saved if not path.exists()],
+        "frames": [run for run in done.values() if task.frames and run.get("frames") is None],
+    }
+    for what, runs in lacking.items():
+        if runs:
+            sys.stderr.write(
+                f"sparsekern: {len(runs)} runs that were done before have no {what}; only a new "
+                "file, without --resume, trains them again\n"
+            )
 
 
 def _run_all(task: Task, data: Dataset, file: ResultFile, jobs: int, *, quiet: bool) -> bool:

@@ -38,8 +38,8 @@ class Row:
         spread: its sample standard deviation; None for one seed.
         training_ratio: FLOPs of training to those of dense at plain length.
         inference_ratio: FLOPs of inference to dense.
-        held_bytes: weights, gradients, optimizer state, index arrays and what a method keeps besides,
-            after training.
+        held_bytes: weights, gradients, optimizer state, index arrays and what a method keeps
+            besides, after training.
         step_seconds: of a batch in training, updates included.
         step_ratio: to dense at the same seed, median; None without a dense run.
     """
